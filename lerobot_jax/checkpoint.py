@@ -1,0 +1,241 @@
+"""A run's folder: the checkpoints with the train state (Orbax) and the policy (LeRobot's format).
+
+    outputs/<job>/
+      train_config.json  metrics.jsonl  curves.png  eval/
+      checkpoints/005000/pretrained_model/   what stock LeRobot loads
+      checkpoints/005000/training_state/     what a resumed run continues from
+      checkpoints/last -> 005000, checkpoints/best -> 004000
+
+A checkpoint is written beside its place and appears there by one rename, so it is complete or absent.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lerobot_jax.config import TrainConfig
+from lerobot_jax.errors import InputError
+from lerobot_jax.files import read_json, write_json
+from lerobot_jax.policies.base import FunctionalPolicy
+
+Tree = dict[str, Any]
+
+CHECKPOINTS, PRETRAINED_MODEL, TRAINING_STATE = "checkpoints", "pretrained_model", "training_state"
+TRAIN_CONFIG_NAME = "train_config.json"
+# What may differ between a run and its continuation without changing what is computed up to the same step.
+FREE_ON_RESUME = (
+    "resume",
+    "dataset.root",
+    "dataset.frame_cache_gb",
+    "output_dir",
+    "job_name",
+    "steps",
+    "env",
+    "eval",
+    "wandb",
+    "num_workers",
+    "prefetch_factor",
+    "log_freq",
+    "eval_steps",
+    "max_eval_samples",
+    "env_eval_freq",
+    "save_checkpoint",
+    "save_freq",
+    "keep_last",
+    "best_metric",
+)
+
+
+def open_run(config: TrainConfig) -> TrainConfig:
+    """Check that the run's folder is free, or holds a run that can be continued.
+
+    Returns:
+        The config; a resumed run keeps to the dataset's commit that it began with.
+
+    Raises:
+        InputError: if the folder is in use and `resume` is off; if there is no run to resume, or a setting that
+            changes what is computed differs from the run's.
+    """
+    folder = config.run_dir
+    steps = saved_steps(folder)
+    if config.resume:
+        if not steps:
+            raise InputError(
+                f"{folder / CHECKPOINTS}: no checkpoint to resume from; leave out --config.resume"
+            )
+        before = read_json(folder / TRAIN_CONFIG_NAME)
+        if config.dataset.revision is None:
+            revision = before["dataset"]["revision"]
+            config = dataclasses.replace(
+                config, dataset=dataclasses.replace(config.dataset, revision=revision)
+            )
+        _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
+        for rest in (folder / CHECKPOINTS).glob(".*"):
+            _remove(rest)
+    elif folder.exists() and any(folder.iterdir()):
+        last = f" (last checkpoint: step {steps[-1]})" if steps else ""
+        raise InputError(
+            f"{folder} already holds a run{last}: continue it with --config.resume=True, or choose another "
+            "folder with --config.output_dir=..."
+        )
+    return config
+
+
+def write_train_config(config: TrainConfig) -> None:
+    """Write the run's train_config.json."""
+    write_json(config.to_dict(), config.run_dir / TRAIN_CONFIG_NAME)
+    (config.run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """List the steps of a run's checkpoints, in order."""
+    folder = run_dir / CHECKPOINTS
+    names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return sorted(int(name) for name in names)
+
+
+class CheckpointWriter:
+    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
+
+    def __init__(self, config: TrainConfig, policy: FunctionalPolicy):
+        self._config, self._policy = config, policy
+        self._folder = config.run_dir.resolve() / CHECKPOINTS
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: Tree, *, is_best: bool) -> None:
+        """Start saving the state after `step` updates. Waits for, and reports a failure of, the save before."""
+        self.wait()
+        name = f"{step:06d}"
+        if (self._folder / name).exists():
+            self._publish(name, is_best)
+            return
+        partial = self._folder / f".partial-{name}"
+        _remove(partial)
+        weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
+        try:
+            self._check_space(partial, state, weights)
+            self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))
+        except OSError as error:
+            _remove(partial)
+            raise InputError(self._failure(name, error)) from None
+        # Copied, not viewed: the next step reuses the memory of these arrays.
+        weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
+        self._thread = threading.Thread(target=self._finish, args=(partial, name, weights, is_best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was started is on disk; raise `InputError` if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise InputError(str(error)) from error
+
+    def _finish(self, partial: Path, name: str, weights: Tree, is_best: bool) -> None:
+        try:
+            model = partial / PRETRAINED_MODEL
+            self._policy.replace(**weights).save_pretrained(model)
+            write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME)
+            self._orbax.wait_until_finished()
+            _sync(partial)
+            partial.rename(self._folder / name)
+            self._publish(name, is_best)
+        except BaseException as error:  # reported by the next wait()
+            self._error = RuntimeError(self._failure(name, error))
+            _remove(partial)
+
+    def _publish(self, name: str, is_best: bool) -> None:
+        for link in ["last"] + ["best"] * is_best:
+            temporary = self._folder / f".{link}"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(name)
+            os.replace(temporary, self._folder / link)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        if self._config.keep_last == 0:
+            return
+        best = self._folder / "best"
+        kept = os.readlink(best) if best.is_symlink() else None
+        for step in saved_steps(self._config.run_dir)[: -self._config.keep_last]:
+            old = self._folder / f"{step:06d}"
+            if old.name != kept:
+                doomed = self._folder / f".removed-{old.name}"
+                old.rename(doomed)  # first out of sight, so that no half of it is ever seen
+                _remove(doomed)
+
+    def _check_space(self, partial: Path, *trees: Tree) -> None:
+        needed = sum(leaf.nbytes for tree in trees for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(f"No space left on device: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+
+    def _failure(self, name: str, error: BaseException) -> str:
+        steps = saved_steps(self._config.run_dir)
+        last = f"the last good one is {steps[-1]:06d}" if steps else "there is none yet"
+        return (
+            f"{self._folder / name}: could not save the checkpoint ({error}); {last}; make room, then continue "
+            "with --config.resume=True"
+        )
+
+
+def restore(run_dir: Path, step: int, target: Tree) -> Tree:
+    """Read the train state of a checkpoint into arrays of the target's shapes and shardings.
+
+    Raises:
+        InputError: naming the folder if it is damaged or does not fit.
+    """
+    path = run_dir.resolve() / CHECKPOINTS / f"{step:06d}" / TRAINING_STATE
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{path}: the checkpoint is damaged or incomplete ({type(error).__name__}: {reason}); remove "
+            f"{path.parent} to resume from the one before"
+        ) from None
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    for name in sorted(set(old) | set(new)):
+        if name in FREE_ON_RESUME:
+            continue
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            for key in sorted(set(before) | set(now)):
+                if f"{name}.{key}" not in FREE_ON_RESUME:
+                    _check_equal(f"{name}.{key}", before.get(key), now.get(key), where)
+        else:
+            _check_equal(name, before, now, where)
+
+
+def _check_equal(name: str, before: Any, now: Any, where: Path) -> None:
+    if before != now:
+        raise InputError(f"{name} is {now}, but the run to resume had {before} ({where})")
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's files to disk."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

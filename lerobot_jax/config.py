@@ -1,0 +1,348 @@
+"""`TrainConfig` and its parts: frozen dataclasses with LeRobot's names; recipes and command-line overrides.
+
+A recipe is a Python file with `get_config(variant="") -> TrainConfig`. The command line names it and overrides
+single fields: `--config=configs/act_pusht.py:state --config.batch_size=8 --config.policy.chunk_size=50`.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from lerobot_jax.errors import InputError
+from lerobot_jax.policies import base
+from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.config import PolicyConfig
+
+T = TypeVar("T")
+
+_HELP = """Train a policy.
+
+Give a recipe with --config=RECIPE.py[:VARIANT], e.g. --config=configs/act_pusht.py:state, and override single
+fields with --config.FIELD=VALUE. With a recipe, the defaults below are the recipe's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What to train on."""
+
+    repo_id: str = "builtin/pusht"
+    """The dataset: builtin/pusht, builtin/pusht_keypoints, a name in LeRobot's cache, or a name on the Hub."""
+    root: str | None = None
+    """Its folder, if it is neither in LeRobot's cache nor on the Hub."""
+    episodes: tuple[int, ...] | None = None
+    """The episodes to use; None: all."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; None: the tag v3.0. The run records the commit."""
+    use_imagenet_stats: bool = True
+    """Normalize images with ImageNet's mean and standard deviation instead of the dataset's."""
+    eval_split: float = 0.0
+    """Fraction of episodes of each task that is held out for the validation loss: the last ones."""
+    frame_cache_gb: float = 8.0
+    """Keep decoded camera frames on disk if they take at most this many GB; else decode on demand."""
+
+    def __post_init__(self):
+        if not 0 <= self.eval_split < 1:
+            raise ValueError(f"dataset.eval_split must be in [0, 1), not {self.eval_split}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """The simulated environment in which the policy is evaluated."""
+
+    type: Literal["pusht"] | None = None
+    """The environment; None: no evaluation."""
+    task: str = "PushT-v0"
+    """Its task."""
+    obs_type: Literal["state", "environment_state_agent_pos", "pixels", "pixels_agent_pos"] | None = None
+    """What it shows to the policy; None: what the policy's inputs ask for."""
+    episode_length: int = 300
+    """Steps after which an episode ends."""
+
+    def __post_init__(self):
+        if self.episode_length < 1:
+            raise ValueError(f"env.episode_length must be positive, not {self.episode_length}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How the policy is evaluated in the environment."""
+
+    n_episodes: int = 50
+    """How many episodes, with seeds seed, seed + 1, ..."""
+    batch_size: int = 0
+    """How many environments run side by side; 0: as suits the processors. Results do not depend on it."""
+    use_async_envs: bool = True
+    """Run the environments in processes of their own, if there are several."""
+    max_episodes_rendered: int = 10
+    """How many of the first episodes become videos."""
+
+    def __post_init__(self):
+        if self.n_episodes < 1 or self.batch_size < 0 or self.max_episodes_rendered < 0:
+            raise ValueError(
+                "eval.n_episodes must be positive, batch_size and max_episodes_rendered not negative"
+            )
+
+    @property
+    def num_envs(self) -> int:
+        """How many environments run side by side."""
+        automatic = max(1, int((os.cpu_count() or 1) * 0.7))
+        return min(
+            self.batch_size or automatic, self.n_episodes, 64 if self.batch_size == 0 else self.n_episodes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer; what is None follows the policy's preset in LeRobot."""
+
+    type: Literal["adamw", "adam", "sgd"] | None = None
+    """adamw, adam or sgd, with PyTorch's arithmetic."""
+    lr: float | None = None
+    """Learning rate."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of Adam's moments."""
+    eps: float | None = None
+    """Adam's epsilon."""
+    weight_decay: float | None = None
+    """Weight decay."""
+    momentum: float | None = None
+    """SGD's momentum."""
+    grad_clip_norm: float | None = None
+    """Gradients with a larger global norm are scaled down to it; 0: never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """How the learning rate changes; None follows the policy's preset in LeRobot."""
+
+    type: (
+        Literal[
+            "constant",
+            "constant_with_warmup",
+            "cosine",
+            "cosine_annealing_with_warmup",
+            "cosine_decay_with_warmup",
+        ]
+        | None
+    ) = None
+    """LeRobot's schedules; `cosine` is diffusers'; `constant` is none."""
+    num_warmup_steps: int | None = None
+    """Steps over which the learning rate rises."""
+    num_decay_steps: int | None = None
+    """cosine_decay_with_warmup: steps until decay_lr; scaled down with shorter runs."""
+    peak_lr: float | None = None
+    """cosine_decay_with_warmup: the rate that decay_lr is relative to."""
+    decay_lr: float | None = None
+    """cosine_decay_with_warmup: the final learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WandBConfig:
+    """Logging to Weights & Biases (needs the extra `wandb`)."""
+
+    enable: bool = False
+    """Log metrics, curves and videos there too."""
+    project: str = "lerobot"
+    """Project name."""
+    entity: str | None = None
+    """User or team."""
+    notes: str | None = None
+    """A description of the run."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """None: online."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    policy: PolicyConfig = dataclasses.field(default_factory=ACTConfig)
+    dataset: DatasetConfig = DatasetConfig()
+    env: EnvConfig = EnvConfig()
+    eval: EvalConfig = EvalConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    wandb: WandBConfig = WandBConfig()
+    job_name: str | None = None
+    """Name of the run; None: from the environment and the policy."""
+    output_dir: str | None = None
+    """The run's folder; None: outputs/<job_name>."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint, exactly."""
+    seed: int = 1000
+    """Everything random follows from it: initial weights, order of the data, noise, evaluation episodes."""
+    steps: int = 100_000
+    """Optimizer updates."""
+    batch_size: int = 8
+    """Samples a forward pass, over all devices."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer update; their gradients are averaged."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, and evaluate and export that; e.g. 0.999."""
+    num_workers: int = 2
+    """Threads that prepare batches."""
+    prefetch_factor: int = 4
+    """Batches that each of them prepares ahead."""
+    tolerance_s: float = 1e-4
+    """How far a video frame may be from its timestamp, in seconds."""
+    rename_map: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    """Observation key in the dataset -> in the pretrained policy, when they differ."""
+    log_freq: int = 200
+    """Log the mean of the metrics every so many steps."""
+    eval_steps: int = 0
+    """Compute the loss on held-out episodes every so many steps (0: never); needs dataset.eval_split."""
+    max_eval_samples: int = 0
+    """Use at most so many held-out samples (0: all)."""
+    env_eval_freq: int = 20_000
+    """Evaluate in the environment every so many steps and at the end (0: never)."""
+    save_checkpoint: bool = True
+    """Save checkpoints."""
+    save_freq: int = 20_000
+    """Save every so many steps and at the end (0: only at the end)."""
+    keep_last: int = 3
+    """Keep the last so many checkpoints, and the best one (0: keep all)."""
+    best_metric: Literal["pc_success", "avg_max_reward", "avg_sum_reward", "eval_loss"] | None = None
+    """What makes a checkpoint the best; None: avg_max_reward with an environment, else eval_loss."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "num_workers", "prefetch_factor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("log_freq", "eval_steps", "max_eval_samples", "env_eval_freq", "save_freq", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
+        if self.eval_steps and not self.dataset.eval_split:
+            raise ValueError("eval_steps needs held-out episodes: set dataset.eval_split, e.g. to 0.05")
+        if self.best_metric == "eval_loss" and not self.eval_steps:
+            raise ValueError("best_metric=eval_loss needs eval_steps")
+        if self.rename_map and self.policy.pretrained_path is None:
+            raise ValueError(
+                "rename_map needs policy.pretrained_path: a new policy takes the dataset's names"
+            )
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.job_name or "_".join(filter(None, [self.env.type, self.policy.type]))
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir or f"outputs/{self.name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the content of train_config.json."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data |= {name: dataclasses.asdict(v) for name, v in data.items() if dataclasses.is_dataclass(v)}
+        return data | {"policy": self.policy.to_dict()}
+
+
+def load_config(argv: Sequence[str]) -> TrainConfig:
+    """Read `--config=recipe.py[:variant]`, then apply `--config.a.b=value` overrides.
+
+    With `--config.policy.pretrained_path=...`, the policy's settings are those of that policy instead of the
+    recipe's, as with LeRobot's `--policy.path`; overrides still apply.
+
+    Raises:
+        InputError: naming the field and the nearest right name, or the value that cannot be.
+    """
+    recipe = next(iter(option_values(argv, "--config")), None)
+    if recipe is None and not {"-h", "--help"} & set(argv):
+        known = ", ".join(_recipes()) or "no recipe is in ./configs"
+        raise InputError(f"--config=RECIPE is missing ({known}); --help tells more")
+    config = TrainConfig() if recipe is None else load_recipe(recipe)
+    for path in option_values(argv, "--config.policy.pretrained_path"):
+        revision = next(iter(option_values(argv, "--config.policy.pretrained_revision")), None)
+        policy = base.load_config(base.find_policy(path, revision))
+        config = dataclasses.replace(config, policy=dataclasses.replace(policy, pretrained_path=path))
+    overrides = list(argv)
+    if recipe is not None:
+        overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]
+    flags = dataclasses.make_dataclass("Flags", [("config", TrainConfig, config)], frozen=True)
+    return parse(flags, flags(), overrides, "lerobot_jax.train", _HELP).config  # type: ignore[attr-defined]
+
+
+def load_recipe(recipe: str) -> TrainConfig:
+    """Run `get_config` of a recipe file: `path.py` or `path.py:variant`."""
+    path, _, variant = recipe.partition(":")
+    if not Path(path).is_file():
+        raise InputError(
+            f"--config: no recipe '{path}'; there are {', '.join(_recipes()) or 'none in configs/'}"
+        )
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.get_config(*filter(None, [variant]))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--config={recipe}: {error}") from None
+
+
+def parse(kind: type[T], default: T, args: Sequence[str], program: str, description: str) -> T:
+    """Parse command-line arguments into a dataclass with tyro; say what is wrong on one line."""
+    settings: dict[str, Any] = {
+        "default": default,
+        "args": args,
+        "prog": f"python -m {program}",
+        "description": description,
+        "config": (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        "use_underscores": True,
+    }
+    if {"-h", "--help"} & set(args):
+        return tyro.cli(kind, **settings)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), _wide_terminal():
+            return tyro.cli(kind, **settings)
+    except SystemExit:
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(message: str) -> str:
+    """Turn tyro's box into a line: what is wrong, and the nearest right name."""
+    sections: list[list[str]] = [[]]
+    for line in (line.strip(" │") for line in message.splitlines()):
+        if line.startswith("──"):
+            sections.append([])
+        elif line and line[0] not in "╭╰":
+            sections[-1].append(line)
+    text = " ".join(sections[0])
+    for section in sections[1:]:
+        if section and section[0] == "Perhaps you meant:":
+            text += f"; perhaps you meant {section[1].split()[0]}"
+    return text
+
+
+@contextlib.contextmanager
+def _wide_terminal():
+    """Keep tyro from breaking its messages into lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "4000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def option_values(argv: Sequence[str], name: str) -> list[str]:
+    """Find the values of an option, given as `--name=value` or `--name value`."""
+    joined = [a.partition("=")[2] for a in argv if a.startswith(f"{name}=")]
+    return joined + [b for a, b in itertools.pairwise(argv) if a == name]
+
+
+def _recipes() -> list[str]:
+    return sorted(str(path) for path in Path("configs").glob("*.py"))

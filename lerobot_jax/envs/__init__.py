@@ -1,0 +1,1 @@
+"""Simulated environments, scripted experts and the demonstrations that they gave."""

@@ -1,0 +1,78 @@
+"""Push-T demonstrations as LeRobotDatasets, with the features of `lerobot/pusht` and `lerobot/pusht_keypoints`.
+
+The built-in ones are an expert's actions, committed as one small file; the first use replays them in the simulator
+and writes the dataset into LeRobot's cache, so that nothing has to be downloaded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from lerobot_jax.data.writer import DatasetWriter
+from lerobot_jax.envs.pusht import FastPushTEnv
+
+TASK = "Push the T-shaped block onto the T-shaped target."
+FPS = 10
+
+
+def pusht_features(keypoints: bool) -> dict[str, dict[str, Any]]:
+    """Give the features of a Push-T dataset: with the T's keypoints, or with camera images."""
+    motors = {"motors": ["motor_0", "motor_1"]}
+    features: dict[str, dict[str, Any]] = {}
+    if keypoints:
+        names = {"keypoints": [f"{axis}_{i}" for i in range(8) for axis in "xy"]}
+        features["observation.environment_state"] = {"dtype": "float32", "shape": (16,), "names": names}
+    else:
+        names = ["height", "width", "channel"]
+        features["observation.image"] = {"dtype": "video", "shape": (96, 96, 3), "names": names}
+    return features | {
+        "observation.state": {"dtype": "float32", "shape": (2,), "names": motors},
+        "action": {"dtype": "float32", "shape": (2,), "names": motors},
+        "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
+        "next.done": {"dtype": "bool", "shape": (1,), "names": None},
+        "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+    }
+
+
+def create_pusht_dataset(repo_id: str, root: Path, keypoints: bool) -> DatasetWriter:
+    """Start a Push-T dataset."""
+    return DatasetWriter(repo_id, root, FPS, pusht_features(keypoints), robot_type="2d pointer")
+
+
+def record_episode(
+    writer: DatasetWriter,
+    env: FastPushTEnv,
+    states: Float[np.ndarray, "t 5"],
+    actions: Float[np.ndarray, "t 2"],
+    next_coverages: Float[np.ndarray, " t"],
+    images: UInt8[np.ndarray, "t 96 96 3"] | Sequence[None] | None = None,
+) -> None:
+    """Write one episode.
+
+    Args:
+        writer: the dataset.
+        env: draws the images and gives the keypoints.
+        states: agent x, y, block x, y (pixels), block angle (radians), before each action.
+        actions: target x, y of the agent (pixels).
+        next_coverages: how much of the goal is covered after each action.
+        images: the camera's images; drawn from the states unless given.
+    """
+    for t, (state, action) in enumerate(zip(states, actions, strict=True)):
+        env.show(state)
+        frame: dict[str, Any] = {
+            "observation.state": state[:2].astype(np.float32),
+            "action": action.astype(np.float32),
+            "next.reward": np.array([np.clip(next_coverages[t] / env.success_threshold, 0, 1)], np.float32),
+            "next.done": np.array([t == len(states) - 1]),
+            "next.success": np.array([next_coverages[t] > env.success_threshold]),
+            "task": TASK,
+        }
+        if "observation.image" in writer.features:
+            frame["observation.image"] = env.picture if images is None else images[t]
+        else:
+            frame["observation.environment_state"] = env.keypoints.astype(np.float32)
+        writer.add_frame(frame)
+    writer.save_episode()

@@ -1,0 +1,65 @@
+"""Multi-head attention with the parameters and the arithmetic of `torch.nn.MultiheadAttention`."""
+
+import math
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from lerobot_jax.nn.dropout import dropout
+from lerobot_jax.nn.initializers import torch_uniform
+from lerobot_jax.nn.linear import Linear
+
+
+class MultiheadAttention(nnx.Module):
+    """Attention with packed input projections: `in_proj_weight` is (3 d, d), rows for queries, keys, values."""
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        dropout: float = 0.0,
+        out_kernel_init: nnx.Initializer = torch_uniform,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        # torch: xavier_uniform over the packed (3 d, d) matrix, biases zero
+        xavier = nnx.initializers.xavier_uniform()
+        self.in_proj_weight = nnx.Param(xavier(rngs.params(), (3 * features, features), jnp.float32))
+        self.in_proj_bias = nnx.Param(jnp.zeros(3 * features))
+        zeros = nnx.initializers.zeros_init()
+        self.out_proj = Linear(
+            features, features, kernel_init=out_kernel_init, bias_init=zeros, dtype=dtype, rngs=rngs
+        )
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        query: Float[Array, "b q d"],
+        key: Float[Array, "b k d"],
+        value: Float[Array, "b k d"],
+        key_padding_mask: Bool[Array, "b k"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b q d"]:
+        """Attend from `query` to `key` and `value`; keys where the mask is True are ignored."""
+        weight, bias = self.in_proj_weight[...].astype(self.dtype), self.in_proj_bias[...].astype(self.dtype)
+        d = weight.shape[1]
+        if query is key:
+            q, k = jnp.split(query @ weight[: 2 * d].T + bias[: 2 * d], 2, axis=-1)
+        else:
+            q = query @ weight[:d].T + bias[:d]
+            k = key @ weight[d : 2 * d].T + bias[d : 2 * d]
+        v = value @ weight[2 * d :].T + bias[2 * d :]
+        q, k, v = (einops.rearrange(x, "b l (n h) -> b n l h", n=self.num_heads) for x in (q, k, v))
+        scores = jnp.einsum("bnqh,bnkh->bnqk", q / math.sqrt(d // self.num_heads), k).astype(jnp.float32)
+        if key_padding_mask is not None:
+            scores = jnp.where(key_padding_mask[:, None, None, :], -jnp.inf, scores)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        probabilities = dropout(probabilities, self.dropout, dropout_key)
+        attended = jnp.einsum("bnqk,bnkh->bnqh", probabilities, v)
+        return self.out_proj(einops.rearrange(attended, "b n q h -> b q (n h)"))

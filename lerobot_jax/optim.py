@@ -1,0 +1,176 @@
+"""Optimizers and learning-rate schedules with the arithmetic of PyTorch and LeRobot, as optax transformations.
+
+Mirrors `lerobot.optim.{optimizers, schedulers}` and `torch.optim`. Steps count optimizer updates, from 0.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lerobot_jax import torch_state
+from lerobot_jax.config import TrainConfig
+from lerobot_jax.errors import InputError
+from lerobot_jax.policies.config import group_of
+
+Tree = dict[str, Any]
+Schedule = Callable[[Any], Any]  # step -> factor of the learning rate
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "grad_clip_norm": 10.0},
+    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 10.0},
+    "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "grad_clip_norm": 10.0},
+}
+
+
+def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
+    """Combine LeRobot's defaults, the policy's preset and what the config sets, the last one counts."""
+    given = {name: value for name, value in vars(config.optimizer).items() if value is not None}
+    preset = dict(config.policy.optimizer_preset)
+    if "type" in given and given["type"] != preset["type"]:
+        preset = {name: preset[name] for name in ("lr", "weight_decay") if name in preset}
+    kind: str = given.get("type", preset["type"])
+    settings = DEFAULTS[kind] | preset | given | {"type": kind}
+    unknown = sorted(set(settings) - set(DEFAULTS[kind]) - {"type"})
+    if unknown:
+        raise InputError(f"optimizer.{unknown[0]}: {kind} has no such setting")
+    return settings
+
+
+def make_optimizer(config: TrainConfig, params: Tree) -> optax.GradientTransformation:
+    """Build clipping, the optimizer with its parameter groups, and the schedule for parameters of these names."""
+    settings = optimizer_settings(config)
+    groups = jax.tree.map(
+        lambda name: group_of(name, config.policy.param_groups), torch_state.dotted_names(params)
+    )
+    is_group = lambda node: hasattr(node, "pattern")  # noqa: E731
+
+    def per_leaf(name: str) -> Tree:
+        """Give a tree with each parameter's own value of a setting."""
+        default = settings[name]
+        return jax.tree.map(
+            lambda group: default if getattr(group, name) is None else getattr(group, name),
+            groups,
+            is_leaf=is_group,
+        )
+
+    rates, decays = per_leaf("lr"), per_leaf("weight_decay")
+    schedule = make_schedule(config)
+    parts = [clip_by_global_norm(settings["grad_clip_norm"])]
+    if settings["type"] == "adamw":
+        parts += [scale_by_adam(settings), add_decayed_weights(decays)]
+    elif settings["type"] == "adam":
+        parts += [add_decayed_weights(decays), scale_by_adam(settings)]
+    else:
+        momentum = optax.trace(settings["momentum"]) if settings["momentum"] else optax.identity()
+        parts += [add_decayed_weights(decays), momentum]
+    return optax.chain(*parts, scale_by_rates(rates, schedule))
+
+
+def scale_by_adam(settings: dict[str, Any]) -> optax.GradientTransformation:
+    """Scale gradients as torch's Adam does."""
+    b1, b2 = settings["betas"]
+    return optax.scale_by_adam(b1, b2, settings["eps"])
+
+
+def _no_state(params: Tree) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale gradients down to a global norm as `torch.nn.utils.clip_grad_norm_` does; 0: leave them."""
+
+    def update(updates, state, params=None):
+        del params
+        if max_norm <= 0:
+            return updates, state
+        factor = jnp.minimum(max_norm / (optax.global_norm(updates) + 1e-6), 1.0)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(_no_state, update)
+
+
+def add_decayed_weights(decays: Tree) -> optax.GradientTransformation:
+    """Add each parameter times its own weight decay."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda g, p, decay: g + decay * p, updates, params, decays), state
+
+    return optax.GradientTransformation(_no_state, update)
+
+
+def scale_by_rates(rates: Tree, schedule: Schedule) -> optax.GradientTransformation:
+    """Multiply by minus each parameter's own learning rate and by the schedule's factor."""
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        factor = schedule(state.count)
+        updates = jax.tree.map(lambda u, rate: u * (-rate * factor).astype(u.dtype), updates, rates)
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_schedule(config: TrainConfig) -> Schedule:
+    """Build the schedule: the factor on every group's learning rate at an update."""
+    given = {name: value for name, value in vars(config.scheduler).items() if value is not None}
+    preset = dict(config.policy.scheduler_preset or {"type": "constant"})
+    if "type" in given and given["type"] != preset["type"]:
+        preset = {}
+    settings = preset | given
+    kind = settings.get("type")
+    warmup = settings.get("num_warmup_steps", 0)
+    if kind == "constant":
+        return lambda step: jnp.ones((), jnp.float32)
+    if kind == "constant_with_warmup":
+        return lambda step: jnp.minimum(step / max(1, warmup), 1.0)
+    if kind in ("cosine", "cosine_annealing_with_warmup"):
+        return _cosine(warmup, config.steps)
+    missing = [name for name in ("num_decay_steps", "peak_lr", "decay_lr") if name not in settings]
+    if missing:
+        raise InputError(f"scheduler.{missing[0]} is needed by {kind}")
+    return _cosine_decay(
+        warmup, settings["num_decay_steps"], settings["decay_lr"] / settings["peak_lr"], config.steps
+    )
+
+
+def _cosine(warmup: int, steps: int) -> Schedule:
+    """Rise linearly, then fall to 0 along half a cosine (diffusers' `cosine`, LeRobot's annealing)."""
+
+    def factor(step):
+        progress = (step - warmup) / max(1, steps - warmup)
+        return jnp.where(step < warmup, step / max(1, warmup), _half_cosine(progress))
+
+    return factor
+
+
+def _cosine_decay(warmup: int, decay_steps: int, final: float, steps: int) -> Schedule:
+    """LeRobot's `CosineDecayWithWarmupSchedulerConfig`, scaled down when the run is shorter than the decay."""
+    if steps < decay_steps:
+        warmup, decay_steps = int(warmup * steps / decay_steps), steps
+
+    def factor(step):
+        start = 1 / (warmup + 1)
+        rising = start + (1 - start) * step / max(1, warmup)
+        falling = (1 - final) * _half_cosine(step / decay_steps) + final
+        return jnp.where(step < warmup, rising, falling)
+
+    return factor
+
+
+def _half_cosine(progress):
+    return jnp.maximum(0.5 * (1 + jnp.cos(math.pi * jnp.minimum(progress, 1.0))), 0.0)
+
+
+def update_ema(ema: Tree, new: Tree, step, decay: float) -> Tree:
+    """Move the average towards the new values; it follows fast at first: decay is at most (1 + n) / (10 + n)."""
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, value: old + (value - old) * rate.astype(old.dtype), ema, new)

@@ -1,0 +1,273 @@
+"""The policy contract, and a policy as pure functions of plain nested dicts.
+
+A policy is an `nnx.Module` with `loss` and `sample_actions`. It is split once into shapes and arrays; from then on
+`FunctionalPolicy` gives `loss_fn` and `sample_actions` as functions of `params` and `buffers`, which train.py,
+eval.py and tests jit, shard and differentiate.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lerobot_jax import hub, processors, rollout, torch_state
+from lerobot_jax.errors import InputError
+from lerobot_jax.features import ACTION
+from lerobot_jax.nn.variables import Buffer
+from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
+
+Batch = dict[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+Tree = dict[str, Any]
+
+MODEL_NAME = "model.safetensors"
+
+
+class PretrainedPart(NamedTuple):
+    """A part of a policy that starts from the weights of another model."""
+
+    path: tuple[str, ...]  # attribute names from the policy down to the part
+    source: str  # a safetensors file, or a model on the Hub that has one
+    ignore: str  # regular expression of the keys in it that the part does not have
+    advice: str  # what to do when it cannot be found
+
+
+class Policy(nnx.Module):
+    """What a policy must be able to do. `draws` are its named random tensors, drawn from `key` unless given."""
+
+    config: PolicyConfig
+
+    def __init__(self, config: PolicyConfig, *, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    def loss(
+        self, batch: Batch, *, key: PRNGKeyArray, train: bool, reduction: str = "mean", **draws: Array
+    ) -> tuple[Float[Array, "..."], Metrics]:
+        """Give LeRobot's loss of a normalized batch ("mean"), or one loss a sample ("none"), and its metrics."""
+        raise NotImplementedError
+
+    def sample_actions(
+        self, batch: Batch, *, key: PRNGKeyArray, **draws: Array
+    ) -> Float[Array, "b chunk act"]:
+        """Give a chunk of normalized actions for normalized observations."""
+        raise NotImplementedError
+
+    @classmethod
+    def pretrained_parts(cls, config: Any) -> list[PretrainedPart]:
+        """Name the parts of a new policy that start from weights of their own."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionalPolicy:
+    """A policy as pure functions, with its processors and, once it is initialized or loaded, its arrays."""
+
+    config: PolicyConfig
+    graphdef: Any
+    preprocessor: processors.Pipeline
+    postprocessor: processors.Pipeline
+    params: Tree = dataclasses.field(default_factory=dict)
+    buffers: Tree = dataclasses.field(default_factory=dict)
+
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
+        """Draw fresh (params, buffers); pure, so that it can be jitted with shardings."""
+        module = policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=key))
+        _, params, buffers = nnx.split(module, nnx.Param, Buffer)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+
+    def loss_fn(
+        self,
+        params: Tree,
+        buffers: Tree,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        train: bool = True,
+        reduction: str = "mean",
+        **draws: Array,
+    ) -> tuple[Float[Array, "..."], tuple[Metrics, Tree]]:
+        """Give (loss, (metrics, buffers after the pass)) of a preprocessed batch."""
+        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        loss, metrics = module.loss(batch, key=key, train=train, reduction=reduction, **draws)
+        return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
+
+    def sample_actions(
+        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
+    ) -> Float[Array, "b chunk act"]:
+        """Give a chunk of normalized actions for preprocessed observations."""
+        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        return module.sample_actions(batch, key=key, **draws)
+
+    def preprocess(self, batch: Batch) -> Batch:
+        """Turn raw observations (and actions) into what the policy takes; works inside jit.
+
+        Images are uint8, or float in 0..1; channel-last, or channel-first as stock LeRobot has them.
+        """
+        features = self.config.image_features
+        renamed = self.preprocessor.rename_map
+        images = {
+            key: _to_float_image(key, value, features[renamed.get(key, key)].shape)
+            for key, value in batch.items()
+            if renamed.get(key, key) in features
+        }
+        return self.preprocessor({**batch, **images})
+
+    def postprocess(self, actions: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Turn the policy's actions into the robot's or environment's units; works inside jit."""
+        return self.postprocessor({ACTION: actions})[ACTION]
+
+    def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
+        """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
+        return rollout.Runner(self, batch_size, seed)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def module(self) -> nnx.Module:
+        """The module tree with shapes instead of arrays."""
+        return nnx.eval_shape(lambda: policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=0)))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the folder that stock LeRobot loads: config.json, model.safetensors, processors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.exported().save(folder)
+        torch_state.save(torch_state.to_torch(self.module, self.params, self.buffers), folder / MODEL_NAME)
+        self.preprocessor.save(folder)
+        self.postprocessor.save(folder)
+
+
+def make_policy(
+    config: PolicyConfig,
+    stats: Mapping[str, Mapping[str, np.ndarray]],
+    rename_map: Mapping[str, str] | None = None,
+) -> FunctionalPolicy:
+    """Build a policy without arrays from its settings and a dataset's statistics.
+
+    Args:
+        config: the settings, with features.
+        stats: feature -> its statistics.
+        rename_map: observation key outside -> in the policy, when they differ.
+
+    Raises:
+        InputError: when the features do not suit the policy or statistics are missing.
+    """
+    config.check_features()
+    device = config.device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
+    config = dataclasses.replace(config, device=device)
+    pre, post = processors.default_pipelines(
+        config.input_features, config.output_features, config.normalization_mapping, stats, device, rename_map
+    )
+    return FunctionalPolicy(config, _graphdef(config), pre, post)
+
+
+def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
+    """Put pretrained weights into the parts of a new policy for which its config names some."""
+    for part in policy_class(policy.config.type).pretrained_parts(policy.config):
+        source = Path(part.source)
+        if not source.is_file():
+            source = hub.fetch(part.source, "model", [MODEL_NAME], advice=part.advice) / MODEL_NAME
+        module: Any = policy.module
+        for name in part.path:
+            module = getattr(module, name)
+        loaded = torch_state.from_torch(module, source, ignore=part.ignore)
+        for tree, new in zip((params, buffers), loaded, strict=True):
+            for name in part.path[:-1]:
+                tree = tree[name]
+            tree[part.path[-1]] = jax.tree.map(jnp.asarray, new)
+    return params, buffers
+
+
+def load_policy(
+    path: str | Path, revision: str | None = None, config: PolicyConfig | None = None
+) -> FunctionalPolicy:
+    """Load a policy from a LeRobot folder (config.json, model.safetensors, processors) or from the Hub.
+
+    Args:
+        path: the folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        config: settings to use instead of config.json's.
+
+    Raises:
+        InputError: naming what is missing or does not fit.
+    """
+    folder = find_policy(path, revision)
+    config = config or load_config(folder)
+    pre, post = processors.load_pipelines(folder)
+    policy = FunctionalPolicy(config, _graphdef(config), pre, post)
+    params, buffers = torch_state.from_torch(policy.module, folder / MODEL_NAME)
+    return policy.replace(
+        params=jax.tree.map(jnp.asarray, params), buffers=jax.tree.map(jnp.asarray, buffers)
+    )
+
+
+def find_policy(path: str | Path, revision: str | None = None) -> Path:
+    """Give the folder of a policy, downloaded from the Hub if `path` is no local folder."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        raise InputError(f"{path}: no such folder")
+    return hub.fetch(
+        str(path), "model", [CONFIG_NAME, MODEL_NAME, "*.json", "*.safetensors"], revision=revision
+    )
+
+
+def load_config(folder: Path) -> PolicyConfig:
+    """Read a policy folder's config.json into the settings class of its type."""
+    data = read_config(folder)
+    return config_class(data["type"]).from_dict(data, str(folder / CONFIG_NAME))
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Find a policy by its type, as written in config.json."""
+    return _policy_module(name).Policy
+
+
+def config_class(name: str) -> type[PolicyConfig]:
+    """Find a policy's settings class by its type."""
+    return _policy_module(name).Config
+
+
+def _policy_module(name: str) -> Any:
+    """Import `lerobot_jax.policies.<name>`, or `name` itself if dotted, or a plugin `lerobot_policy_<name>`."""
+    if "." in name:
+        return importlib.import_module(name)
+    module_name = f"lerobot_jax.policies.{name}"
+    if name.isidentifier() and importlib.util.find_spec(module_name):
+        module = importlib.import_module(module_name)
+        if hasattr(module, "Policy"):
+            return module
+    for distribution in importlib.metadata.distributions():
+        plugin = distribution.metadata["Name"].replace("-", "_")
+        if plugin.startswith("lerobot_policy_"):
+            module = importlib.import_module(plugin)
+            if hasattr(module, "Config") and module.Config.type == name:
+                return module
+    raise InputError(f"no policy of type '{name}'")
+
+
+def _graphdef(config: PolicyConfig) -> Any:
+    module = nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
+    return nnx.split(module, nnx.Param, Buffer)[0]  # raises if the module holds any other state
+
+
+def _to_float_image(key: str, image: Any, shape: tuple[int, ...]) -> Float[Array, "... h w c"]:
+    channels, *size = shape
+    if image.shape[-3:] == (*size, channels):
+        image = jnp.asarray(image)
+    elif image.shape[-3:] == shape:
+        image = jnp.moveaxis(jnp.asarray(image), -3, -1)
+    else:
+        raise InputError(
+            f"'{key}' must be an image of {size[0]} x {size[1]} x {channels}, it has shape {image.shape}"
+        )
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image

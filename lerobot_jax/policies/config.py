@@ -1,0 +1,206 @@
+"""`PolicyConfig`: the settings that every policy has, and LeRobot's config.json.
+
+Mirrors `lerobot.configs.policies.PreTrainedConfig`: the same fields under the same names.
+"""
+
+import abc
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax.numpy as jnp
+
+from lerobot_jax.errors import InputError
+from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.files import read_json, write_json
+
+CONFIG_NAME = "config.json"
+
+
+class ParamGroup(NamedTuple):
+    """Parameters that are optimized in their own way; `None` means as the optimizer says."""
+
+    pattern: str  # a regular expression, matched at the start of dotted parameter names
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig(abc.ABC):
+    """Settings of a policy. Sub-classes add LeRobot's fields of that policy and check them."""
+
+    type: ClassVar[str]
+
+    n_obs_steps: int = 1
+    """How many observation steps the policy sees: the current one and those before."""
+    input_features: dict[str, PolicyFeature] = dataclasses.field(default_factory=dict, hash=False)
+    """The observations the policy takes; empty: all that the dataset has."""
+    output_features: dict[str, PolicyFeature] = dataclasses.field(default_factory=dict, hash=False)
+    """What the policy gives; empty: the dataset's action."""
+    normalization_mapping: dict[str, NormalizationMode] = dataclasses.field(default_factory=dict, hash=False)
+    """Feature type -> how it is normalized; a type that is not listed is left as it is."""
+    device: str | None = None
+    """Where stock LeRobot puts the policy: cuda, cpu or mps. None: cuda if trained on a GPU, else cpu."""
+    use_amp: bool = False
+    """Compute in bfloat16; parameters, losses and softmax stay float32."""
+    use_peft: bool = False
+    """Whether the weights are PEFT adapters. Not supported."""
+    push_to_hub: bool = False
+    """Whether stock LeRobot uploads the policy after training."""
+    repo_id: str | None = None
+    """Name of the policy on the Hub."""
+    private: bool | None = None
+    """Whether its repository on the Hub is private."""
+    tags: tuple[str, ...] | None = None
+    """Tags of the policy on the Hub."""
+    license: str | None = None
+    """License of the policy on the Hub."""
+    pretrained_path: str | None = None
+    """Start from this policy: a folder, or a name on the Hub."""
+    pretrained_revision: str | None = None
+    """Branch, tag or commit of `pretrained_path` on the Hub."""
+
+    def __post_init__(self):
+        if self.n_obs_steps < 1:
+            raise ValueError(f"n_obs_steps must be at least 1, not {self.n_obs_steps}")
+        if self.use_peft:
+            raise ValueError("use_peft: PEFT adapters are not supported")
+
+    # What a policy tells the data pipeline: offsets in frames, or None for the current frame without a time axis.
+    @property
+    @abc.abstractmethod
+    def observation_delta_indices(self) -> list[int] | None: ...
+
+    @property
+    @abc.abstractmethod
+    def action_delta_indices(self) -> list[int] | None: ...
+
+    @property
+    def reward_delta_indices(self) -> list[int] | None:
+        return None
+
+    @property
+    def drop_n_last_frames(self) -> int:
+        """How many frames at the end of an episode are not trained on."""
+        return 0
+
+    @property
+    def param_groups(self) -> tuple[ParamGroup, ...]:
+        """Parameters with their own learning rate or weight decay; the first match counts."""
+        return ()
+
+    @property
+    @abc.abstractmethod
+    def optimizer_preset(self) -> Mapping[str, Any]:
+        """LeRobot's optimizer for this policy, as fields of `OptimizerConfig`."""
+
+    @property
+    def scheduler_preset(self) -> Mapping[str, Any] | None:
+        """LeRobot's learning-rate schedule for this policy, as fields of `SchedulerConfig`."""
+        return None
+
+    @classmethod
+    @abc.abstractmethod
+    def tiny(cls) -> Self:
+        """Give a very small configuration with features, for tests."""
+
+    @abc.abstractmethod
+    def check_features(self) -> None:
+        """Raise `InputError` unless the features suit the policy; called when they are known."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of activations."""
+        return jnp.dtype(jnp.bfloat16 if self.use_amp else jnp.float32)
+
+    @property
+    def robot_state_feature(self) -> PolicyFeature | None:
+        feature = self.input_features.get(OBS_STATE)
+        return feature if feature is not None and feature.type == FeatureType.STATE else None
+
+    @property
+    def env_state_feature(self) -> PolicyFeature | None:
+        return next((f for f in self.input_features.values() if f.type == FeatureType.ENV), None)
+
+    @property
+    def image_features(self) -> dict[str, PolicyFeature]:
+        return {key: f for key, f in self.input_features.items() if f.type == FeatureType.VISUAL}
+
+    @property
+    def action_feature(self) -> PolicyFeature:
+        if ACTION not in self.output_features:
+            raise InputError("output_features: the policy needs an 'action'")
+        return self.output_features[ACTION]
+
+    def exported(self) -> Self:
+        """Give the settings as stock LeRobot can read them: without what only makes sense here."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the content of LeRobot's config.json."""
+        data: dict[str, Any] = {"type": self.type}
+        for field in dataclasses.fields(self):
+            data[field.name] = _to_json(getattr(self, field.name))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = CONFIG_NAME) -> Self:
+        """Build a config from the content of config.json.
+
+        Raises:
+            InputError: naming a field that this policy does not have, or a value that cannot be.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
+        for name, value in data.items():
+            if name == "type":
+                continue
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, 1)
+                hint = f"; the nearest known is '{close[0]}'" if close else ""
+                raise InputError(f"{where}: unknown field '{name}' for a policy of type {cls.type}{hint}")
+            values[name] = _from_json(name, value)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        write_json(self.to_dict(), folder / CONFIG_NAME)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a policy folder's config.json."""
+    path = folder / CONFIG_NAME
+    data = read_json(path)
+    if "type" not in data:
+        raise InputError(f"{path}: lacks the field 'type'")
+    return data
+
+
+def group_of(name: str, groups: tuple[ParamGroup, ...]) -> ParamGroup:
+    """Give the first group that a parameter belongs to, by its dotted name."""
+    return next((group for group in groups if re.match(group.pattern, name)), ParamGroup(""))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, PolicyFeature):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if name in ("input_features", "output_features"):
+        return {key: PolicyFeature.from_dict(feature) for key, feature in (value or {}).items()}
+    if name == "normalization_mapping":
+        return {kind: NormalizationMode(mode) for kind, mode in value.items()}
+    if isinstance(value, list):
+        return tuple(_from_json("", item) for item in value)
+    return value

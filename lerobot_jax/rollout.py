@@ -1,0 +1,160 @@
+"""From a policy that predicts chunks to one action a step: action queue and temporal ensembling.
+
+Host-side objects beside the policies. Mirrors `lerobot.policies.act.modeling_act` (`select_action`,
+`ACTTemporalEnsembler`).
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lerobot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from lerobot_jax.policies.base import FunctionalPolicy
+
+
+class ChunkExecution(Protocol):
+    """Decides which action of which predicted chunk is executed now."""
+
+    def needs_chunk(self) -> bool: ...
+    def add(self, chunk: Float[np.ndarray, "chunk act"]) -> None: ...
+    def next_action(self) -> Float[np.ndarray, " act"]: ...
+
+
+class ActionQueue:
+    """Executes the first `n_action_steps` actions of a chunk, then asks for the next chunk."""
+
+    def __init__(self, n_action_steps: int):
+        self._n_action_steps = n_action_steps
+        self._queue: deque[np.ndarray] = deque()
+
+    def needs_chunk(self) -> bool:
+        return not self._queue
+
+    def add(self, chunk: Float[np.ndarray, "chunk act"]) -> None:
+        self._queue.extend(chunk[: self._n_action_steps])
+
+    def next_action(self) -> Float[np.ndarray, " act"]:
+        return self._queue.popleft()
+
+
+class TemporalEnsembler:
+    """Averages what successive chunks predict for the same step, with weights exp(-coeff * i), i = 0 the oldest.
+
+    ACT, algorithm 2; computed online in float32, in the order of LeRobot's `ACTTemporalEnsembler`.
+    """
+
+    def __init__(self, coeff: float, chunk_size: int):
+        self._weights = np.exp(-np.float32(coeff) * np.arange(chunk_size, dtype=np.float32))
+        self._sums = np.cumsum(self._weights)
+        self._actions = np.zeros((0, 0), np.float32)  # the running averages of the coming steps
+        self._counts = np.zeros((0, 1), np.int64)  # how many chunks went into each
+
+    def needs_chunk(self) -> bool:
+        return True
+
+    def add(self, chunk: Float[np.ndarray, "chunk act"]) -> None:
+        if len(self._counts) == 0:
+            self._actions, self._counts = chunk.copy(), np.ones((len(chunk), 1), np.int64)
+            return
+        count = self._counts
+        averages = self._actions * self._sums[count - 1] + chunk[:-1] * self._weights[count]
+        averages = averages / self._sums[count]
+        self._actions = np.concatenate([averages, chunk[-1:]])
+        self._counts = np.concatenate([np.minimum(count + 1, len(chunk)), np.ones((1, 1), np.int64)])
+
+    def next_action(self) -> Float[np.ndarray, " act"]:
+        action = self._actions[0]
+        self._actions, self._counts = self._actions[1:], self._counts[1:]
+        return action
+
+
+class Runner:
+    """Turns observations into actions for `batch_size` independent episodes, each in its own slot.
+
+    Every episode is computed by itself, by the same compiled function whatever the batch size, and its noise
+    depends on the seed, the episode and the step only. So an episode does not depend on its neighbours, and an
+    evaluation computes exactly what a robot will run.
+    """
+
+    def __init__(self, policy: "FunctionalPolicy", batch_size: int = 1, seed: int = 0):
+        self.policy = policy
+        self._seed_key = jax.random.key(seed)
+        self.load(policy.params, policy.buffers)
+        self._predict = jax.jit(self._predict_chunk)
+        self._postprocess = jax.jit(policy.postprocess)
+        self._execution: list[ChunkExecution] = [self._new_execution() for _ in range(batch_size)]
+        self._episode = list(range(batch_size))
+        self._step = [0] * batch_size
+
+    def load(self, params: dict[str, Any], buffers: dict[str, Any]) -> None:
+        """Run with other weights from now on."""
+        self._arrays = jax.tree.map(jax.numpy.asarray, (params, buffers))
+
+    def reset(self, slot: int | None = None, episode: int | None = None) -> None:
+        """Forget the past of one slot (None: of all) because an episode begins; its number seeds the noise."""
+        for i in range(len(self._execution)) if slot is None else [slot]:
+            self._execution[i] = self._new_execution()
+            self._episode[i] = i if episode is None else episode
+            self._step[i] = 0
+
+    def select_action(
+        self, observation: Mapping[str, Any], slots: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "b act"]:
+        """Give the next action of each slot, in the environment's units.
+
+        Args:
+            observation: raw observations with a leading axis, one row a slot; images uint8 channel-last.
+            slots: the slots that want an action, by default all; row i belongs to slot i in any case, and the
+                rows of other slots come back as zeros.
+
+        Raises:
+            InputError: when an input of the policy is missing or has another shape.
+        """
+        inputs = self._inputs(observation)
+        wanted = range(len(self._execution)) if slots is None else slots
+        chunks = {}
+        for i in wanted:
+            if self._execution[i].needs_chunk():
+                row = {key: value[i : i + 1] for key, value in inputs.items()}
+                chunks[i] = self._predict(*self._arrays, row, self._seed_key, self._episode[i], self._step[i])
+        for i, chunk in chunks.items():  # after all have been started
+            self._execution[i].add(np.asarray(chunk)[0])
+        actions = {}
+        for i in wanted:
+            actions[i] = self._postprocess(self._execution[i].next_action()[None])
+            self._step[i] += 1
+        result = np.zeros((len(self._execution), *self.policy.config.action_feature.shape), np.float32)
+        for i, action in actions.items():
+            result[i] = np.asarray(action)[0]
+        return result
+
+    def _predict_chunk(self, params, buffers, observation, seed_key, episode, step):
+        key = jax.random.fold_in(jax.random.fold_in(seed_key, episode), step)
+        return self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
+
+    def _new_execution(self) -> ChunkExecution:
+        config: Any = self.policy.config
+        if getattr(config, "temporal_ensemble_coeff", None) is not None:
+            return TemporalEnsembler(config.temporal_ensemble_coeff, config.chunk_size)
+        return ActionQueue(config.n_action_steps)
+
+    def _inputs(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        inputs = {}
+        original = {new: old for old, new in self.policy.preprocessor.rename_map.items()}
+        for name, feature in self.policy.config.input_features.items():
+            key = original.get(name, name)
+            if key not in observation:
+                raise InputError(f"the policy needs '{key}', the observation has {sorted(observation)}")
+            value = np.asarray(observation[key])
+            if len(value) != len(self._execution) or value.size != len(value) * math.prod(feature.shape):
+                wanted = (len(self._execution), *feature.shape)
+                raise InputError(f"the policy needs '{key}' of shape {wanted}, it has {value.shape}")
+            inputs[key] = value
+        return inputs

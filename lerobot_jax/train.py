@@ -1,0 +1,363 @@
+"""Train a policy: a whole run from top to bottom.
+
+    python -m lerobot_jax.train --config=configs/act_pusht.py --config.batch_size=16
+
+Continue a stopped run with `--config.resume=True`: it goes on exactly where its last checkpoint was. Ctrl-C and
+SIGTERM save a checkpoint before they end the run. Mirrors `lerobot.scripts.lerobot_train`.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from lerobot_jax import checkpoint, optim, sharding
+from lerobot_jax.config import TrainConfig, load_config
+from lerobot_jax.data import loader
+from lerobot_jax.data.dataset import LeRobotDataset, split_episodes
+from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.windows import policy_delta_timestamps
+from lerobot_jax.errors import InputError, reported_on_one_line
+from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
+from lerobot_jax.features import ACTION, FeatureType, dataset_to_policy_features
+from lerobot_jax.files import write_json
+from lerobot_jax.logs import setup_logging
+from lerobot_jax.metrics import MetricsLog
+from lerobot_jax.policies import base
+from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.progress import progress_bar
+from lerobot_jax.visualize import plot_curves
+
+Tree = dict[str, Any]
+IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def main(argv: Sequence[str]) -> None:
+    # Everything that can be wrong with the input is checked before the run's folder is made.
+    config = checkpoint.open_run(load_config(argv))
+    dataset = open_dataset(config)
+    if dataset.revision is not None:  # from the Hub: the run keeps to this commit
+        pinned = dataclasses.replace(config.dataset, revision=dataset.revision)
+        config = dataclasses.replace(config, dataset=pinned)
+    train_episodes, held_out = split_episodes(dataset.meta, dataset.episodes, config.dataset.eval_split)
+    train_rows = dataset.rows_of(train_episodes, config.policy.drop_n_last_frames)
+    held_out_rows = dataset.first_rows(held_out, config.max_eval_samples)
+    policy = build_policy(config, dataset)
+    keys = batch_keys(config, policy)
+    if config.env.type is not None:
+        check_environment(policy.config, config.env)
+    mesh = sharding.make_mesh()
+    accumulation = config.gradient_accumulation_steps
+    split_over_devices = sharding.batch_sharding(mesh, config.batch_size, axis=int(accumulation > 1))
+    on_every_device = sharding.replicated(mesh)
+    checkpoint.write_train_config(config)
+
+    # The train state: all that a step reads and changes.
+    init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+    params_shape, buffers_shape = jax.eval_shape(policy.init, init_key)
+    optimizer = optim.make_optimizer(config, params_shape)
+
+    def make_state(params: Tree, buffers: Tree) -> Tree:
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "buffers": buffers}
+        state["opt_state"] = optimizer.init(params)
+        if config.ema_decay is not None:
+            state["ema"] = jax.tree.map(jnp.copy, {"params": params, "buffers": buffers})
+        return state
+
+    saved_steps = checkpoint.saved_steps(config.run_dir)  # none unless resuming
+    if saved_steps:
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_every_device),
+            jax.eval_shape(make_state, params_shape, buffers_shape),
+        )
+        state = checkpoint.restore(config.run_dir, saved_steps[-1], target)
+    else:
+        arrays = (policy.params, policy.buffers)
+        if config.policy.pretrained_path is None:
+            arrays = base.load_pretrained_parts(policy, *jax.jit(policy.init)(init_key))
+        state = jax.jit(make_state, out_shardings=on_every_device)(*arrays)
+    policy = policy.replace(params={}, buffers={})  # from here on, the arrays are in the state
+    step = first_step = int(state["step"])
+    num_params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    logging.info(
+        "%s: %s policy with %s parameters, %d episodes with %d frames, batch %d on %d %s device(s)",
+        config.run_dir,
+        policy.config.type,
+        f"{num_params:,}",
+        len(train_episodes),
+        len(train_rows),
+        config.batch_size * accumulation,
+        mesh.size,
+        jax.default_backend(),
+    )
+
+    # Batches, and the compiled step
+    batches = loader.training_batches(
+        dataset,
+        train_rows,
+        keys,
+        config.batch_size * accumulation,
+        seed=config.seed,
+        first_step=first_step,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor,
+    )
+    if accumulation > 1:
+        shape = (accumulation, config.batch_size)
+        batches = ({k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()} for batch in batches)
+    batches = loader.prefetch_to_device(batches, split_over_devices)
+    first_batch = next(batches)
+    started = time.monotonic()
+    train_step = jax.jit(make_train_step(policy, optimizer, config), donate_argnums=0)
+    train_step = train_step.lower(state, first_batch, step_key).compile()
+    logging.info("compiled the train step in %.1f s", time.monotonic() - started)
+    eval_loss = jax.jit(make_eval_loss(policy))
+    runner = policy.make_runner(config.eval.num_envs, config.seed)
+
+    # The loop
+    metrics_log = MetricsLog(config, first_step)
+    writer = checkpoint.CheckpointWriter(config, policy)
+    pending: list[dict[str, jax.Array]] = []
+    batch, data_wait, since = first_batch, 0.0, time.monotonic()
+    with StopRequest() as stop, progress_bar("training", config.steps, "step", initial=first_step) as bar:
+        while step < config.steps and not stop.signal:
+            state, metrics = train_step(state, batch, step_key)
+            step += 1
+            waiting = time.monotonic()
+            batch = next(batches)
+            data_wait += time.monotonic() - waiting
+            pending.append(metrics)
+            if len(pending) > 1:  # keep the host at most one step ahead of the devices
+                jax.block_until_ready(pending[-2])
+            bar.update()
+            is_last = step == config.steps
+            weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
+            is_best = False
+
+            if step % max(1, config.log_freq) == 0 or is_last:
+                means = {k: float(np.mean([m[k] for m in jax.device_get(pending)])) for k in metrics}
+                seconds = time.monotonic() - since
+                means["lr"] = float(metrics["lr"])
+                means["steps_per_s"] = len(pending) / seconds
+                means["samples_per_s"] = means["steps_per_s"] * config.batch_size * accumulation
+                means["data_wait"] = data_wait / seconds
+                check_finite(means["loss"], step, config)
+                metrics_log.write(step, means)
+                shown = {"loss": means["loss"], "samples/s": means["samples_per_s"]}
+                bar.set_postfix(shown | {"data": f"{means['data_wait']:.0%}"}, refresh=False)
+                pending, data_wait, since = [], 0.0, time.monotonic()
+
+            if config.eval_steps and (step % config.eval_steps == 0 or is_last):
+                held_out_batches = loader.validation_batches(dataset, held_out_rows, keys, config.batch_size)
+                loss = mean_loss(eval_loss, weights, held_out_batches, eval_key)
+                is_best |= metrics_log.write_scored(step, {"eval_loss": loss})
+                since = time.monotonic()
+
+            if config.env.type and config.env_eval_freq and (step % config.env_eval_freq == 0 or is_last):
+                runner.load(weights["params"], weights["buffers"])
+                folder = config.run_dir / "eval" / f"step_{step:06d}"
+                info = evaluate(
+                    runner,
+                    config.env,
+                    config.eval,
+                    seed=config.seed,
+                    output_dir=folder,
+                    should_stop=stop.requested,
+                )
+                if info is not None:
+                    write_json(info, folder / EVAL_INFO_NAME, indent=2)
+                    bar.write(f"step {step}: {describe(info)}")
+                    numbers = {k: v for k, v in info["overall"].items() if isinstance(v, int | float)}
+                    is_best |= metrics_log.write_scored(step, numbers)
+                since = time.monotonic()
+
+            is_due = is_last or is_best or (config.save_freq and step % config.save_freq == 0)
+            if config.save_checkpoint and is_due:
+                check_finite(float(metrics["loss"]), step, config)
+                writer.save(step, state, is_best=is_best)
+                plot_curves(config.run_dir)
+                since = time.monotonic()
+        if stop.signal and config.save_checkpoint:
+            writer.save(step, state, is_best=False)
+    writer.wait()
+    metrics_log.close()
+    plot_curves(config.run_dir)
+    last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL
+    if stop.signal:
+        logging.info("stopped at step %d; continue with --config.resume=True", step)
+        sys.exit(128 + stop.signal)
+    logging.info("done: the policy is in %s, the curves are in %s", last, config.run_dir / "curves.png")
+
+
+def open_dataset(config: TrainConfig) -> LeRobotDataset:
+    """Open the dataset with the windows and cameras that the policy wants; make it first if it is built in."""
+    if config.dataset.root is None and config.dataset.repo_id.startswith("builtin/"):
+        from lerobot_jax.envs.demonstrations import make_builtin_dataset
+
+        make_builtin_dataset(config.dataset.repo_id)
+    source = config.dataset
+    meta = LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
+    original = {new: old for old, new in config.rename_map.items()}
+    images = [original.get(key, key) for key in config.policy.image_features]
+    return LeRobotDataset(
+        source.repo_id,
+        root=source.root,
+        episodes=source.episodes,
+        delta_timestamps=policy_delta_timestamps(config.policy, meta.features, meta.fps),
+        tolerance_s=config.tolerance_s,
+        revision=source.revision,
+        frame_cache_gb=source.frame_cache_gb,
+        cameras=images if config.policy.input_features else None,
+    )
+
+
+def build_policy(config: TrainConfig, dataset: LeRobotDataset) -> FunctionalPolicy:
+    """Fit the policy's features and statistics to the dataset; load its weights if it starts from others.
+
+    Raises:
+        InputError: naming a feature that the dataset lacks or has in another shape, or missing statistics.
+    """
+    rename = config.rename_map
+    available = {rename.get(k, k): f for k, f in dataset_to_policy_features(dataset.features).items()}
+    stats = {rename.get(k, k): dict(values) for k, values in dataset.meta.stats.items()}
+    outputs = {k: f for k, f in available.items() if f.type == FeatureType.ACTION}
+    inputs = config.policy.input_features or {k: f for k, f in available.items() if k not in outputs}
+    for name, features in (("input", inputs), ("output", config.policy.output_features)):
+        for key, feature in features.items():
+            if available.get(key) != feature:
+                has = f"in shape {available[key].shape}" if key in available else f"only {sorted(available)}"
+                raise InputError(
+                    f"policy.{name}_features: '{key}' of shape {feature.shape} is needed, dataset "
+                    f"{config.dataset.repo_id} has it {has}; rename_map can rename"
+                )
+    if config.dataset.use_imagenet_stats:
+        for key, feature in inputs.items():
+            if feature.type == FeatureType.VISUAL:
+                images = {name: np.array(v).reshape(3, 1, 1) for name, v in IMAGENET_STATS.items()}
+                stats[key] = stats.get(key, {}) | images
+    policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
+    policy = base.make_policy(policy_config, stats, rename)
+    if policy_config.pretrained_path is not None:
+        pretrained = base.load_policy(
+            policy_config.pretrained_path, policy_config.pretrained_revision, policy.config
+        )
+        policy = policy.replace(params=pretrained.params, buffers=pretrained.buffers)
+    return policy
+
+
+def batch_keys(config: TrainConfig, policy: FunctionalPolicy) -> list[str]:
+    """List what a batch needs: the policy's inputs under the dataset's names, actions, padding."""
+    original = {new: old for old, new in config.rename_map.items()}
+    keys = [original.get(key, key) for key in (*policy.config.input_features, *policy.config.output_features)]
+    return keys + [f"{key}_is_pad" for key in keys]
+
+
+def make_train_step(policy: FunctionalPolicy, optimizer: optax.GradientTransformation, config: TrainConfig):
+    """Give `step(state, batch, key) -> (state, metrics)`: gradients, clipping, optimizer, EMA.
+
+    All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
+    axis of micro-batches.
+    """
+
+    def loss_fn(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        loss, (metrics, buffers) = policy.loss_fn(params, buffers, policy.preprocess(batch), key, train=True)
+        return loss, ({"loss": loss, **metrics}, buffers)
+
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def accumulated_gradient(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        num = config.gradient_accumulation_steps
+        if num == 1:
+            return gradient(params, buffers, batch, key)
+
+        def add(carry, inputs):
+            total, buffers = carry
+            grads, (metrics, buffers) = gradient(params, buffers, *inputs)
+            return (jax.tree.map(jnp.add, total, grads), buffers), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
+        return jax.tree.map(lambda g: g / num, total), (jax.tree.map(jnp.mean, metrics), buffers)
+
+    schedule, base_lr = optim.make_schedule(config), optim.optimizer_settings(config)["lr"]
+
+    def train_step(state: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, Tree]:
+        step = state["step"]
+        key = jax.random.fold_in(key, step)
+        grads, (metrics, buffers) = accumulated_gradient(state["params"], state["buffers"], batch, key)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
+        if config.ema_decay is not None:
+            values = {"params": params, "buffers": buffers}
+            new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)
+        metrics |= {"grad_norm": optax.global_norm(grads), "lr": base_lr * schedule(step)}
+        return new, metrics
+
+    return train_step
+
+
+def make_eval_loss(policy: FunctionalPolicy):
+    """Give `loss(weights, batch, key)` without dropout and with noise that depends on `key` only."""
+
+    def eval_loss(weights: Tree, batch: Tree, key: jax.Array) -> jax.Array:
+        batch = policy.preprocess(batch)
+        return policy.loss_fn(weights["params"], weights["buffers"], batch, key, train=False)[0]
+
+    return eval_loss
+
+
+def mean_loss(eval_loss: Any, weights: Tree, batches: Iterable[Tree], key: jax.Array) -> float:
+    """Average a loss over batches, weighted by their sizes."""
+    losses, sizes = [], []
+    for i, batch in enumerate(batches):
+        losses.append(float(eval_loss(weights, batch, jax.random.fold_in(key, i))))
+        sizes.append(len(batch[ACTION]))
+    return float(np.average(losses, weights=sizes))
+
+
+def check_finite(loss: float, step: int, config: TrainConfig) -> None:
+    if not math.isfinite(loss):
+        steps = checkpoint.saved_steps(config.run_dir)
+        raise InputError(
+            f"the loss is {loss} at step {step}: training has diverged; lower the learning rate (optimizer.lr) or "
+            f"raise warm-up; the last good checkpoint is {f'step {steps[-1]}' if steps else 'none'}"
+        )
+
+
+class StopRequest:
+    """Notes Ctrl-C and SIGTERM, so that the run can save and end in order; a second Ctrl-C ends it at once."""
+
+    signal = 0
+
+    def __enter__(self) -> Self:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        logging.info("stopping after this step, to save a checkpoint; once more to stop at once")
+
+    def requested(self) -> bool:
+        return bool(self.signal)
+
+
+if __name__ == "__main__":
+    setup_logging()
+    with reported_on_one_line():
+        main(sys.argv[1:])

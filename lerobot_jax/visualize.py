@@ -1,0 +1,200 @@
+"""Pictures of a run and of what a policy predicts.
+
+    python -m lerobot_jax.visualize --run=outputs/act_pusht
+    python -m lerobot_jax.visualize --policy.path=outputs/act_pusht/checkpoints/last/pretrained_model \
+        --dataset.repo_id=builtin/pusht
+
+The first draws a run's curves (`curves.png`); the second draws predicted over recorded action chunks on samples
+of a dataset (`action_chunks.png`).
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from absl import logging
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lerobot_jax.config import DatasetConfig, option_values, parse
+from lerobot_jax.data.dataset import LeRobotDataset
+from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.windows import policy_delta_timestamps
+from lerobot_jax.errors import InputError, reported_on_one_line
+from lerobot_jax.features import ACTION
+from lerobot_jax.logs import setup_logging
+from lerobot_jax.metrics import METRICS_NAME, read_metrics
+from lerobot_jax.policies.base import load_policy
+
+CURVES_NAME = "curves.png"
+CHUNKS_NAME = "action_chunks.png"
+PREDICTED, RECORDED = "#d1495b", "#30638e"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualizeConfig:
+    """What to draw: a run's curves (`run`), or a policy's predictions (--policy.path and dataset)."""
+
+    run: str | None = None
+    """A run's folder."""
+    dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    num_samples: int = 6
+    """How many samples to draw."""
+    seed: int = 0
+    """Which samples."""
+    output: str | None = None
+    """The picture; None: in the run's or the policy's folder."""
+
+
+def plot_curves(run_dir: Path, output: Path | None = None) -> Path | None:
+    """Draw losses, evaluations, gradients and speed over the steps of a run; return the picture's path."""
+    records = read_metrics(run_dir / METRICS_NAME)
+    panels = [
+        ("loss", [name for name in ("loss", "eval_loss") if _has(records, name)]),
+        ("reward", [name for name in ("avg_max_reward", "avg_max_coverage") if _has(records, name)]),
+        ("success, %", [name for name in ("pc_success",) if _has(records, name)]),
+        ("gradient norm", [name for name in ("grad_norm",) if _has(records, name)]),
+        ("samples per second", [name for name in ("samples_per_s",) if _has(records, name)]),
+    ]
+    panels = [(title, names) for title, names in panels if names]
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for ax, (title, names) in zip(axes, panels, strict=True):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            ax.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, ms=4, label=name)
+        _style(ax, title, "step")
+        if title == "loss":
+            ax.set_yscale("log")
+        if len(names) > 1:
+            ax.legend(frameon=False)
+    path = output or run_dir / CURVES_NAME
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def plot_chunks(
+    recorded: Float[np.ndarray, "n chunk act"],
+    predicted: Float[np.ndarray, "n chunk act"],
+    is_pad: np.ndarray,
+    labels: Sequence[str],
+    names: Sequence[str],
+    output: Path,
+) -> None:
+    """Draw recorded and predicted actions: one row a sample, one column an action dimension.
+
+    Args:
+        recorded: what was recorded, in the dataset's units.
+        predicted: what the policy gives.
+        is_pad: (n, chunk), steps after the episode's end, which are not drawn.
+        labels: of the samples.
+        names: of the action dimensions.
+        output: the picture's path.
+    """
+    n, _, dims = recorded.shape
+    figure = Figure(figsize=(3.2 * dims + 0.6, 1.9 * n + 0.8), layout="constrained")
+    axes = np.array(figure.subplots(n, dims, squeeze=False))
+    for row in range(n):
+        steps = np.flatnonzero(~is_pad[row])
+        error = np.abs(recorded[row, steps] - predicted[row, steps]).mean()
+        for column in range(dims):
+            ax = axes[row, column]
+            ax.plot(steps, recorded[row, steps, column], color=RECORDED, lw=2, label="recorded")
+            ax.plot(steps, predicted[row, steps, column], color=PREDICTED, lw=1.5, label="predicted")
+            _style(ax, names[column] if row == 0 else "", "step of the chunk" if row == n - 1 else "")
+        axes[row, 0].set_ylabel(f"{labels[row]}\nmean error {error:.3g}", fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+
+
+def predict_samples(policy_path: str, config: VisualizeConfig) -> dict[str, Any]:
+    """Predict chunks on random frames of a dataset; give what `plot_chunks` draws, without the output."""
+    policy = load_policy(policy_path)
+    source = config.dataset
+    meta = LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
+    windows = policy_delta_timestamps(policy.config, meta.features, meta.fps)
+    dataset = LeRobotDataset(
+        source.repo_id,
+        source.root,
+        source.episodes,
+        windows,
+        revision=source.revision,
+        cameras=[*policy.config.image_features],
+    )
+    rows = np.sort(np.random.default_rng(config.seed).choice(len(dataset), config.num_samples, replace=False))
+    batch = dataset.read(rows)
+    missing = [key for key in policy.config.input_features if key not in batch]
+    if missing:
+        raise InputError(f"the policy needs {missing}, {source.repo_id} has {sorted(dataset.features)}")
+
+    def predict(params, buffers, observation, key):
+        actions = policy.sample_actions(params, buffers, policy.preprocess(observation), key)
+        return policy.postprocess(actions)
+
+    observation = {key: batch[key] for key in policy.config.input_features}
+    predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))
+    dims = batch[ACTION].shape[-1]
+    return {
+        "recorded": batch[ACTION],
+        "predicted": np.asarray(predicted)[:, : batch[ACTION].shape[1]],
+        "is_pad": batch[f"{ACTION}_is_pad"],
+        "labels": [
+            f"episode {e}, frame {f}"
+            for e, f in zip(batch["episode_index"], batch["frame_index"], strict=True)
+        ],
+        "names": _action_names(meta.features[ACTION], dims),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    policy_path = next(iter(option_values(argv, "--policy.path")), None)
+    others = [a for a in argv if a not in ("--policy.path", policy_path, f"--policy.path={policy_path}")]
+    config = parse(VisualizeConfig, VisualizeConfig(), others, "lerobot_jax.visualize", __doc__ or "")
+    if (config.run is None) == (policy_path is None):
+        raise InputError("give either --run=RUN_FOLDER or --policy.path=FOLDER_OR_HUB_NAME, see --help")
+    mpl.use("agg")
+    if config.run is not None:
+        path = plot_curves(Path(config.run), Path(config.output) if config.output else None)
+        if path is None:
+            raise InputError(f"{Path(config.run) / METRICS_NAME}: no metrics to draw")
+    else:
+        assert policy_path is not None
+        folder = Path(policy_path) if Path(policy_path).is_dir() else Path()
+        path = Path(config.output) if config.output else folder / CHUNKS_NAME
+        plot_chunks(**predict_samples(policy_path, config), output=path)
+    logging.info("drawn: %s", path)
+
+
+def _has(records: Sequence[dict[str, Any]], name: str) -> bool:
+    return any(name in record for record in records)
+
+
+def _style(ax: Axes, title: str, xlabel: str) -> None:
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _action_names(feature: dict[str, Any], dims: int) -> list[str]:
+    names = feature.get("names")
+    if isinstance(names, dict):
+        names = next(iter(names.values()), None)
+    return list(names) if names is not None and len(names) == dims else [f"{ACTION} {i}" for i in range(dims)]
+
+
+if __name__ == "__main__":
+    setup_logging()
+    with reported_on_one_line():
+        main(sys.argv[1:])
