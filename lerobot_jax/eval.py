@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import EnvConfig, EvalConfig, option_values, parse
 from lerobot_jax.data.video import write_video
 from lerobot_jax.errors import InputError, reported_on_one_line
@@ -268,6 +269,7 @@ def load_eval_config(argv: Sequence[str]) -> tuple[str, EvalPipelineConfig]:
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_compiled_programs()
     path, config = load_eval_config(argv)
     assert config.policy is not None
     if config.env.type is None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import huggingface_hub.errors
 
 from lerobot_jax.errors import InputError

@@ -76,7 +76,7 @@ def scale_by_adam(settings: dict[str, Any]) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1, b2, settings["eps"])
 
 
-def _no_state(params: Tree) -> optax.EmptyState:
+def _no_state(params: optax.Params) -> optax.EmptyState:
     del params
     return optax.EmptyState()
 
@@ -88,7 +88,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         del params
         if max_norm <= 0:
             return updates, state
-        factor = jnp.minimum(max_norm / (optax.global_norm(updates) + 1e-6), 1.0)
+        factor = jnp.minimum(max_norm / (optax.tree.norm(updates) + 1e-6), 1.0)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(_no_state, update)

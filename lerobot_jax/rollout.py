@@ -7,7 +7,7 @@ Host-side objects beside the policies. Mirrors `lerobot.policies.act.modeling_ac
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,14 +17,6 @@ from lerobot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
-
-
-class ChunkExecution(Protocol):
-    """Decides which action of which predicted chunk is executed now."""
-
-    def needs_chunk(self) -> bool: ...
-    def add(self, chunk: Float[np.ndarray, "chunk act"]) -> None: ...
-    def next_action(self) -> Float[np.ndarray, " act"]: ...
 
 
 class ActionQueue:
@@ -89,7 +81,7 @@ class Runner:
         self.load(policy.params, policy.buffers)
         self._predict = jax.jit(self._predict_chunk)
         self._postprocess = jax.jit(policy.postprocess)
-        self._execution: list[ChunkExecution] = [self._new_execution() for _ in range(batch_size)]
+        self._execution = [self._new_execution() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
 
@@ -139,7 +131,7 @@ class Runner:
         key = jax.random.fold_in(jax.random.fold_in(seed_key, episode), step)
         return self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
 
-    def _new_execution(self) -> ChunkExecution:
+    def _new_execution(self) -> ActionQueue | TemporalEnsembler:
         config: Any = self.policy.config
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
             return TemporalEnsembler(config.temporal_ensemble_coeff, config.chunk_size)

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import optax
 from absl import logging
 
 from lerobot_jax import checkpoint, optim, sharding
+from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
 from lerobot_jax.data.dataset import LeRobotDataset, split_episodes
@@ -42,6 +43,7 @@ IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_compiled_programs()
     # Everything that can be wrong with the input is checked before the run's folder is made.
     config = checkpoint.open_run(load_config(argv))
     dataset = open_dataset(config)
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         arrays = (policy.params, policy.buffers)
         if config.policy.pretrained_path is None:
-            arrays = base.load_pretrained_parts(policy, *jax.jit(policy.init)(init_key))
+            arrays = base.load_pretrained_parts(policy, *compile_quickly(policy.init, init_key)(init_key))
         state = jax.jit(make_state, out_shardings=on_every_device)(*arrays)
     policy = policy.replace(params={}, buffers={})  # from here on, the arrays are in the state
     step = first_step = int(state["step"])
@@ -300,7 +302,7 @@ def make_train_step(policy: FunctionalPolicy, optimizer: optax.GradientTransform
         if config.ema_decay is not None:
             values = {"params": params, "buffers": buffers}
             new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)
-        metrics |= {"grad_norm": optax.global_norm(grads), "lr": base_lr * schedule(step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": base_lr * schedule(step)}
         return new, metrics
 
     return train_step
@@ -339,7 +341,7 @@ class StopRequest:
 
     signal = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -115,7 +115,7 @@ class ImageFrames:
             if self._cached is not None:
                 frames[i] = self._cached[file][row]
             else:
-                frames[i] = self._decode(file, int(row))
+                frames[i] = self._decode(int(file), int(row))
         return frames
 
     def decode_all(self, cache: Path, progress: Callable[[int], object]) -> None:

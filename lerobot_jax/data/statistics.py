@@ -48,11 +48,11 @@ def _summarize(rows: np.ndarray) -> dict[str, np.ndarray]:
     return summary | {name: np.array([column[name] for column in columns]) for name in QUANTILES}
 
 
-def _histogram_quantiles(values: np.ndarray, low: np.floating, high: np.floating) -> dict[str, float]:
+def _histogram_quantiles(values: np.ndarray, low: np.floating, high: np.floating) -> dict[str, np.floating]:
     edges = np.linspace(low - 1e-10, high + 1e-10, NUM_BINS + 1)
     counts, _ = np.histogram(values, bins=edges)
     cumulative = np.cumsum(counts.astype(np.float64))
-    quantiles = {}
+    quantiles: dict[str, np.floating] = {}
     for name, fraction in QUANTILES.items():
         target = fraction * len(values)
         i = int(np.searchsorted(cumulative, target))

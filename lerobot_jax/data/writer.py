@@ -137,7 +137,7 @@ class DatasetWriter:
                 self.tasks.append(task)
         start = self.info["total_frames"]
         columns: dict[str, Any] = {
-            "timestamp": (np.arange(length) / self.info["fps"]).astype(np.float32),
+            "timestamp": np.arange(length) / self.info["fps"],  # float64 in the statistics, as in LeRobot
             "frame_index": np.arange(length),
             "episode_index": np.full(length, episode),
             "index": np.arange(start, start + length),
@@ -401,7 +401,7 @@ def _arrow_table(
         elif isinstance(values, list) or len(shape) > 1:
             arrays.append(pa.array(values if isinstance(values, list) else values.tolist(), field.type))
         elif shape == (1,):
-            arrays.append(pa.array(values.reshape(-1), field.type))
+            arrays.append(pa.array(values.reshape(-1).astype(features[field.name]["dtype"])))
         else:
             arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), shape[0]))
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -47,14 +47,12 @@ class MultiheadAttention(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b q d"]:
         """Attend from `query` to `key` and `value`; keys where the mask is True are ignored."""
-        weight, bias = self.in_proj_weight[...].astype(self.dtype), self.in_proj_bias[...].astype(self.dtype)
-        d = weight.shape[1]
+        d = query.shape[-1]
         if query is key:
-            q, k = jnp.split(query @ weight[: 2 * d].T + bias[: 2 * d], 2, axis=-1)
+            q, k = jnp.split(self._project(query, 0, 2 * d), 2, axis=-1)
         else:
-            q = query @ weight[:d].T + bias[:d]
-            k = key @ weight[d : 2 * d].T + bias[d : 2 * d]
-        v = value @ weight[2 * d :].T + bias[2 * d :]
+            q, k = self._project(query, 0, d), self._project(key, d, 2 * d)
+        v = self._project(value, 2 * d, 3 * d)
         q, k, v = (einops.rearrange(x, "b l (n h) -> b n l h", n=self.num_heads) for x in (q, k, v))
         scores = jnp.einsum("bnqh,bnkh->bnqk", q / math.sqrt(d // self.num_heads), k).astype(jnp.float32)
         if key_padding_mask is not None:
@@ -63,3 +61,9 @@ class MultiheadAttention(nnx.Module):
         probabilities = dropout(probabilities, self.dropout, dropout_key)
         attended = jnp.einsum("bnqk,bnkh->bnqh", probabilities, v)
         return self.out_proj(einops.rearrange(attended, "b n q h -> b q (n h)"))
+
+    def _project(self, x: Float[Array, "b l d"], start: int, stop: int) -> Float[Array, "b l {stop-start}"]:
+        """Apply some rows of the packed projection."""
+        weight = self.in_proj_weight[start:stop].astype(self.dtype)
+        bias = self.in_proj_bias[start:stop].astype(self.dtype)
+        return x.astype(self.dtype) @ weight.T + bias[None, None]

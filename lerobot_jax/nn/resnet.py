@@ -8,6 +8,7 @@ instead of 64.
 import re
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -67,7 +68,8 @@ class FrozenBatchNorm2d(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + 1e-5)
         bias = self.bias[...] - self.running_mean[...] * scale
-        return x * scale.astype(x.dtype) + bias.astype(x.dtype)
+        scale, bias = (einops.rearrange(v.astype(x.dtype), "c -> 1 1 1 c") for v in (scale, bias))
+        return x * scale + bias
 
 
 def _conv(

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ class FunctionalPolicy:
         """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
         return rollout.Runner(self, batch_size, seed)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
 
     @property

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -104,7 +104,7 @@ class PolicyConfig(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def tiny(cls) -> Self:
+    def tiny(cls) -> "PolicyConfig":
         """Give a very small configuration with features, for tests."""
 
     @abc.abstractmethod
@@ -135,7 +135,7 @@ class PolicyConfig(abc.ABC):
             raise InputError("output_features: the policy needs an 'action'")
         return self.output_features[ACTION]
 
-    def exported(self) -> Self:
+    def exported(self) -> "PolicyConfig":
         """Give the settings as stock LeRobot can read them: without what only makes sense here."""
         return self
 
@@ -147,7 +147,7 @@ class PolicyConfig(abc.ABC):
         return data
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = CONFIG_NAME) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], where: str = CONFIG_NAME) -> "PolicyConfig":
         """Build a config from the content of config.json.
 
         Raises:

@@ -6,7 +6,7 @@ error that names the feature.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,10 +49,11 @@ class _Normalization(Step):
         """Tell how a feature is normalized."""
         return self.norm_map.get(self.features[key].type, NormalizationMode.IDENTITY)
 
-    def _scale_and_offset(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def _scale_and_offset(self, key: str, ndim: int) -> tuple[np.ndarray, np.ndarray]:
         low, high = (np.asarray(self.stats[key][name], np.float32) for name in NEEDED[self.mode(key)])
         if self.features[key].type == FeatureType.VISUAL:  # stored (c, 1, 1), used channel-last
             low, high = low.reshape(-1), high.reshape(-1)
+        low, high = (x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (low, high))
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return high, low
         span = high - low
@@ -61,7 +62,7 @@ class _Normalization(Step):
     def _normalize(self, key: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.mode(key) == NormalizationMode.IDENTITY:
             return value
-        scale, offset = self._scale_and_offset(key)
+        scale, offset = self._scale_and_offset(key, value.ndim)
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return (value - offset) / (scale + np.float32(self.eps))
         return 2 * (value - offset) / scale - 1
@@ -69,7 +70,7 @@ class _Normalization(Step):
     def _unnormalize(self, key: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.mode(key) == NormalizationMode.IDENTITY:
             return value
-        scale, offset = self._scale_and_offset(key)
+        scale, offset = self._scale_and_offset(key, value.ndim)
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return value * scale + offset
         return (value + 1) / 2 * scale + offset
@@ -85,7 +86,7 @@ class _Normalization(Step):
         return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], state: State) -> Self:
+    def from_config(cls, config: Mapping[str, Any], state: State) -> "_Normalization":
         stats: dict[str, dict[str, np.ndarray]] = {}
         for flat_key, value in state.items():
             key, name = flat_key.rsplit(".", 1)

@@ -6,7 +6,7 @@ arrays, inside jit too. Mirrors `lerobot.processor.{rename,batch,device}_process
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ class Step:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], state: State) -> Self:
+    def from_config(cls, config: Mapping[str, Any], state: State) -> "Step":
         """Build the step from its JSON entry and its state file.
 
         Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
@@ -97,7 +97,7 @@ class ACTConfig(PolicyConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
-    def exported(self) -> Self:
+    def exported(self) -> "ACTConfig":
         """Name backbone weights only if they are torchvision's; the checkpoint holds them in any case."""
         known = self.pretrained_backbone_weights in TORCHVISION_WEIGHTS
         return self if known else dataclasses.replace(self, pretrained_backbone_weights=None)
@@ -125,7 +125,7 @@ class ACTConfig(PolicyConfig):
             raise InputError(f"output_features: the action must be a vector, not {self.action_feature.shape}")
 
     @classmethod
-    def tiny(cls) -> Self:
+    def tiny(cls) -> "ACTConfig":
         return cls(
             input_features={
                 OBS_STATE: PolicyFeature(FeatureType.STATE, (3,)),

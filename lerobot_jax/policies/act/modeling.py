@@ -233,7 +233,7 @@ class ACTEncoderLayer(nnx.Module):
         pre, rate = self.config.pre_norm, self.config.dropout
         attn_key, key1, hidden_key, key2 = split_key(key, 4)
         y = self.norm1(x) if pre else x
-        q = y + pos
+        q = y + pos[None]
         x = x + dropout(self.self_attn(q, q, y, key_padding_mask, attn_key), rate, key1)
         x = x if pre else self.norm1(x)
         y = self.norm2(x) if pre else x
@@ -288,11 +288,11 @@ class ACTDecoderLayer(nnx.Module):
         pre, rate = self.config.pre_norm, self.config.dropout
         self_key, key1, cross_key, key2, hidden_key, key3 = split_key(key, 6)
         y = self.norm1(x) if pre else x
-        q = y + pos
+        q = y + pos[None]
         x = x + dropout(self.self_attn(q, q, y, dropout_key=self_key), rate, key1)
         x = x if pre else self.norm1(x)
         y = self.norm2(x) if pre else x
-        y = self.multihead_attn(y + pos, memory + memory_pos, memory, dropout_key=cross_key)
+        y = self.multihead_attn(y + pos[None], memory + memory_pos[None], memory, dropout_key=cross_key)
         x = x + dropout(y, rate, key2)
         x = x if pre else self.norm2(x)
         y = self.norm3(x) if pre else x
@@ -322,7 +322,7 @@ def sinusoid_table(length: int, d: int) -> Float[np.ndarray, "length d"]:
     return np.where(np.arange(d) % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
 
 
-def sinusoid_image(height: int, width: int, d: int) -> Float[np.ndarray, "length 2*d"]:
+def sinusoid_image(height: int, width: int, d: int) -> Float[np.ndarray, "length channels"]:
     """Position embeddings of a feature map, row by row: the first half of a vector tells y, the second x.
 
     Positions run from 1/height (1/width) to 1 times 2 pi, as in the original code.

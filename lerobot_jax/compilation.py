@@ -1,0 +1,16 @@
+"""Compiled programs are kept on disk, so that only the first run of a configuration waits for the compiler."""
+
+import jax
+
+from lerobot_jax import hub
+
+
+def keep_compiled_programs() -> None:
+    """Use the compilation cache in the cache folder."""
+    jax.config.update("jax_compilation_cache_dir", str(hub.cache_home() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def compile_quickly(function, *args):
+    """Compile a function that runs once: little optimization."""
+    return jax.jit(function).lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})
