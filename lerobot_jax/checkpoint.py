@@ -67,10 +67,8 @@ def open_run(config: TrainConfig) -> TrainConfig:
     folder = config.run_dir
     steps = saved_steps(folder)
     if config.resume:
-        if not steps:
-            raise InputError(
-                f"{folder / CHECKPOINTS}: no checkpoint to resume from; leave out --config.resume"
-            )
+        if not (folder / TRAIN_CONFIG_NAME).exists():
+            raise InputError(f"{folder}: no run to resume; leave out --config.resume")
         before = read_json(folder / TRAIN_CONFIG_NAME)
         if config.dataset.revision is None:
             revision = before["dataset"]["revision"]
@@ -110,7 +108,7 @@ class CheckpointWriter:
         self._folder = config.run_dir.resolve() / CHECKPOINTS
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: InputError | None = None
 
     def save(self, step: int, state: Tree, *, is_best: bool) -> None:
         """Start saving the state after `step` updates. Waits for, and reports a failure of, the save before."""
@@ -140,19 +138,21 @@ class CheckpointWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise InputError(str(error)) from error
+            raise error
 
     def _finish(self, partial: Path, name: str, weights: Tree, is_best: bool) -> None:
         try:
-            model = partial / PRETRAINED_MODEL
-            self._policy.replace(**weights).save_pretrained(model)
-            write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME)
-            self._orbax.wait_until_finished()
+            try:
+                model = partial / PRETRAINED_MODEL
+                self._policy.replace(**weights).save_pretrained(model)
+                write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
+            finally:
+                self._orbax.wait_until_finished()
             _sync(partial)
             partial.rename(self._folder / name)
             self._publish(name, is_best)
-        except BaseException as error:  # reported by the next wait()
-            self._error = RuntimeError(self._failure(name, error))
+        except Exception as error:  # reported by the next wait()
+            self._error = InputError(self._failure(name, error))
             _remove(partial)
 
     def _publish(self, name: str, is_best: bool) -> None:
@@ -181,7 +181,7 @@ class CheckpointWriter:
         if free < needed:
             raise OSError(f"No space left on device: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
-    def _failure(self, name: str, error: BaseException) -> str:
+    def _failure(self, name: str, error: Exception) -> str:
         steps = saved_steps(self._config.run_dir)
         last = f"the last good one is {steps[-1]:06d}" if steps else "there is none yet"
         return (

@@ -30,9 +30,9 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
     """Combine LeRobot's defaults, the policy's preset and what the config sets, the last one counts."""
     given = {name: value for name, value in vars(config.optimizer).items() if value is not None}
     preset = dict(config.policy.optimizer_preset)
-    if "type" in given and given["type"] != preset["type"]:
-        preset = {name: preset[name] for name in ("lr", "weight_decay") if name in preset}
     kind: str = given.get("type", preset["type"])
+    if kind != preset["type"]:  # another optimizer keeps only what every optimizer has
+        preset = {name: preset[name] for name in ("lr", "weight_decay") if name in preset}
     settings = DEFAULTS[kind] | preset | given | {"type": kind}
     unknown = sorted(set(settings) - set(DEFAULTS[kind]) - {"type"})
     if unknown:

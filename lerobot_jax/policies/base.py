@@ -67,7 +67,7 @@ class Policy(nnx.Module):
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FunctionalPolicy:
     """A policy as pure functions, with its processors and, once it is initialized or loaded, its arrays."""
 

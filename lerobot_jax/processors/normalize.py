@@ -25,7 +25,7 @@ NEEDED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Normalization(Step):
     """Settings and statistics that normalizing and its inverse share."""
 
@@ -111,7 +111,7 @@ class _Normalization(Step):
         return key in self.features and (kept is None or key == ACTION or key in kept)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Normalizer(_Normalization):
     """Scales observations and actions for the policy."""
 
@@ -124,7 +124,7 @@ class Normalizer(_Normalization):
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Unnormalizer(_Normalization):
     """Scales the policy's actions back."""
 

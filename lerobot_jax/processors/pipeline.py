@@ -23,7 +23,7 @@ STEPS: dict[str, type[Step]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
     """Steps that are applied one after the other."""
 

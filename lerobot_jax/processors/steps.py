@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 State = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """One step of a pipeline."""
 
@@ -45,7 +45,7 @@ class Step:
         return {}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RenameObservations(Step):
     """Renames observation keys."""
 
@@ -56,7 +56,7 @@ class RenameObservations(Step):
         return {self.rename_map.get(key, key): value for key, value in batch.items()}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AddBatchDimension(Step):
     """Gives a single observation (or action, or task) a batch axis of 1; batches pass unchanged."""
 
@@ -74,7 +74,7 @@ class AddBatchDimension(Step):
         return value[None] if unbatched_ndim is not None and np.ndim(value) == unbatched_ndim else value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Device(Step):
     """LeRobot moves tensors here; in JAX they are where they are, so only `float_dtype` has an effect."""
 

@@ -1,0 +1,147 @@
+"""What every policy promises; a new policy folder is found by itself."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lerobot_jax.policies
+from lerobot_jax import torch_state
+from lerobot_jax.features import FeatureType
+from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
+from lerobot_jax.policies.config import group_of
+
+NAMES = [module.name for module in pkgutil.iter_modules(lerobot_jax.policies.__path__) if module.ispkg]
+
+
+@pytest.fixture(params=NAMES)
+def policy(request) -> FunctionalPolicy:
+    config = config_class(request.param).tiny()
+    stats = {}
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        shape = (3, 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
+        names = {
+            "mean": 0.2,
+            "std": 0.7,
+            "min": -1.0,
+            "max": 1.0,
+            "q01": -0.9,
+            "q10": -0.5,
+            "q90": 0.5,
+            "q99": 0.9,
+        }
+        stats[key] = {name: np.full(shape, value, np.float32) for name, value in names.items()}
+    policy = make_policy(config, stats)
+    params, buffers = policy.init(jax.random.key(0))
+    return policy.replace(params=params, buffers=buffers)
+
+
+def make_batch(policy: FunctionalPolicy, batch_size: int = 3) -> dict:
+    rng = np.random.default_rng(0)
+    config = policy.config
+    steps = len(config.action_delta_indices or [0])
+    batch = {}
+    for key, feature in config.input_features.items():
+        if feature.type == FeatureType.VISUAL:
+            channels, *size = feature.shape
+            batch[key] = rng.integers(0, 256, (batch_size, *size, channels)).astype(np.uint8)
+        else:
+            batch[key] = rng.normal(size=(batch_size, *feature.shape)).astype(np.float32)
+    batch["action"] = rng.normal(size=(batch_size, steps, *config.action_feature.shape)).astype(np.float32)
+    batch["action_is_pad"] = np.arange(steps)[None] >= np.array([steps, steps - 1, steps - 2])[:, None]
+    return batch
+
+
+def test_names_and_registration():
+    for name in NAMES:
+        assert config_class(name).type == name
+        assert issubclass(policy_class(name), lerobot_jax.policies.base.Policy)
+        module = importlib.import_module(f"lerobot_jax.policies.{name}")
+        assert {"Config", "Policy"} <= set(module.__all__)
+
+
+def test_loss_and_gradients_are_finite(policy: FunctionalPolicy):
+    def loss_fn(params, batch, key):
+        return policy.loss_fn(params, policy.buffers, policy.preprocess(batch), key, train=True)
+
+    (loss, (metrics, buffers)), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        policy.params, make_batch(policy), jax.random.key(1)
+    )
+    assert loss.shape == ()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, metrics, gradients, buffers)))
+    assert jax.tree.structure(buffers) == jax.tree.structure(policy.buffers)
+    assert jax.tree.structure(gradients) == jax.tree.structure(policy.params)
+
+
+def test_padded_steps_have_no_influence(policy: FunctionalPolicy):
+    batch = make_batch(policy)
+    other = dict(batch)
+    other["action"] = np.where(batch["action_is_pad"][..., None], 1e3, batch["action"]).astype(np.float32)
+    loss_fn = jax.jit(
+        lambda b: policy.loss_fn(
+            policy.params, policy.buffers, policy.preprocess(b), jax.random.key(1), train=True
+        )[0]
+    )
+    np.testing.assert_allclose(loss_fn(batch), loss_fn(other), rtol=1e-5)
+
+
+def test_per_sample_losses(policy: FunctionalPolicy):
+    batch = policy.preprocess(make_batch(policy))
+    loss_fn = jax.jit(policy.loss_fn, static_argnames=("train", "reduction"))
+    losses, _ = loss_fn(policy.params, policy.buffers, batch, jax.random.key(1), train=True, reduction="none")
+    loss, _ = loss_fn(policy.params, policy.buffers, batch, jax.random.key(1), train=True)
+    assert losses.shape == (3,)
+    np.testing.assert_allclose(losses.mean(), loss, rtol=1e-5)
+
+
+def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):
+    observation = policy.preprocess(make_batch(policy))
+    sample = jax.jit(policy.sample_actions)
+    actions = [sample(policy.params, policy.buffers, observation, jax.random.key(2)) for _ in range(2)]
+    assert actions[0].shape == (
+        3,
+        len(policy.config.action_delta_indices),
+        *policy.config.action_feature.shape,
+    )
+    np.testing.assert_array_equal(*actions)
+    assert np.isfinite(actions[0]).all()
+
+
+def test_half_precision_computes_nearly_the_same(policy: FunctionalPolicy):
+    config = dataclasses.replace(policy.config, use_amp=True)
+    half = policy.replace(config=config, graphdef=lerobot_jax.policies.base._graphdef(config))
+    batch = policy.preprocess(make_batch(policy))
+    losses = [
+        jax.jit(p.loss_fn, static_argnames="train")(
+            p.params, p.buffers, batch, jax.random.key(1), train=False
+        )[0]
+        for p in (policy, half)
+    ]
+    assert losses[1].dtype == jnp.float32
+    np.testing.assert_allclose(*losses, rtol=0.05)
+
+
+def test_saved_policies_load_unchanged(policy: FunctionalPolicy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path)
+    assert loaded.config == policy.config
+    assert loaded.config.to_dict() == policy.config.to_dict()
+    for a, b in zip(jax.tree.leaves(policy.params), jax.tree.leaves(loaded.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    observation = make_batch(policy)
+    expected, found = (
+        p.postprocess(p.sample_actions(p.params, p.buffers, p.preprocess(observation), jax.random.key(0)))
+        for p in (policy, loaded)
+    )
+    np.testing.assert_array_equal(expected, found)
+
+
+def test_parameter_groups_name_parameters(policy: FunctionalPolicy):
+    """Every pattern of a group matches something, so that none is a typing error."""
+    names = jax.tree.leaves(torch_state.dotted_names(policy.params))
+    matched = {group_of(name, policy.config.param_groups) for name in names}
+    assert set(policy.config.param_groups) <= matched

@@ -1,0 +1,111 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lerobot_jax.errors import InputError
+from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.processors.steps import RenameObservations
+from lerobot_jax.rollout import ActionQueue, TemporalEnsembler
+
+
+@pytest.fixture(scope="module")
+def policy() -> FunctionalPolicy:
+    config = ACTConfig.tiny()
+    vectors = {"observation.state": 3, "action": 2}
+    stats = {k: {"mean": np.zeros(n, np.float32), "std": np.ones(n, np.float32)} for k, n in vectors.items()}
+    stats["observation.images.top"] = {"mean": np.zeros((3, 1, 1)), "std": np.ones((3, 1, 1))}
+    policy = make_policy(config, stats)
+    params, buffers = policy.init(jax.random.key(0))
+    return policy.replace(params=params, buffers=buffers)
+
+
+def observations(num: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "observation.state": rng.normal(size=(num, 3)).astype(np.float32),
+        "observation.images.top": rng.integers(0, 256, (num, 32, 32, 3)).astype(np.uint8),
+    }
+
+
+def test_the_queue_asks_again_after_n_action_steps():
+    queue = ActionQueue(2)
+    queue.add(np.arange(8.0).reshape(4, 2))
+    assert not queue.needs_chunk()
+    np.testing.assert_array_equal([queue.next_action(), queue.next_action()], [[0, 1], [2, 3]])
+    assert queue.needs_chunk()
+
+
+def test_the_ensembler_averages_with_exponential_weights():
+    """Against the definition: the mean of all predictions for a step, the oldest weighs 1, the next exp(-m), ..."""
+    rng = np.random.default_rng(0)
+    chunks = rng.normal(size=(9, 4, 2)).astype(np.float32)
+    ensembler = TemporalEnsembler(0.3, 4)
+    for t, chunk in enumerate(chunks):
+        ensembler.add(chunk)
+        predictions = [chunks[s, t - s] for s in range(max(0, t - 3), t + 1)]
+        weights = np.exp(-0.3 * np.arange(len(predictions)))
+        np.testing.assert_allclose(
+            ensembler.next_action(), np.average(predictions, axis=0, weights=weights), rtol=1e-5
+        )
+
+
+def test_an_episode_does_not_depend_on_its_neighbours(policy: FunctionalPolicy):
+    alone, together = policy.make_runner(1), policy.make_runner(3)
+    for t in range(5):
+        rows = observations(3, seed=t)
+        among = together.select_action(rows)
+        single = alone.select_action({k: v[1:2] for k, v in rows.items()})
+        np.testing.assert_array_equal(among[1:2], single)
+
+
+def test_slots_are_reset_one_by_one(policy: FunctionalPolicy):
+    runner = policy.make_runner(2)
+    first = runner.select_action(observations(2, seed=0))
+    runner.reset(1)
+    second = runner.select_action(observations(2, seed=1))  # slot 0 is in its queue, slot 1 asks again
+    fresh = policy.make_runner(2).select_action(observations(2, seed=1))
+    np.testing.assert_array_equal(second[1], fresh[1])
+    assert not np.array_equal(second[0], fresh[0])
+    assert not np.array_equal(second[0], first[0])
+
+
+def test_idle_slots_cost_nothing(policy: FunctionalPolicy):
+    runner = policy.make_runner(2)
+    actions = runner.select_action(observations(2), slots=[1])
+    np.testing.assert_array_equal(actions[0], 0)
+    assert np.any(actions[1] != 0)
+
+
+def test_the_names_outside_may_differ(policy: FunctionalPolicy):
+    renaming = policy.preprocessor.replace(
+        RenameObservations({"observation.image": "observation.images.top"})
+    )
+    renamed = policy.replace(preprocessor=renaming)
+    rows = observations(1)
+    expected = policy.make_runner(1).select_action(rows)
+    rows["observation.image"] = rows.pop("observation.images.top")
+    np.testing.assert_array_equal(renamed.make_runner(1).select_action(rows), expected)
+
+
+def test_missing_and_misshapen_inputs_are_reported(policy: FunctionalPolicy):
+    runner = policy.make_runner(1)
+    with pytest.raises(InputError, match=r"the policy needs 'observation.state', the observation has"):
+        runner.select_action({k: v for k, v in observations(1).items() if "image" in k})
+    wide = observations(1) | {"observation.state": np.zeros((1, 5), np.float32)}
+    with pytest.raises(InputError, match=r"needs 'observation.state' of shape \(1, 3\), it has \(1, 5\)"):
+        runner.select_action(wide)
+    with pytest.raises(InputError, match=r"of shape \(1, 3, 32, 32\)"):
+        runner.select_action(observations(1) | {"observation.images.top": np.zeros((1, 16, 16, 3), np.uint8)})
+
+
+def test_ensembling_is_used_when_configured(policy: FunctionalPolicy):
+    config = dataclasses.replace(policy.config, n_action_steps=1, temporal_ensemble_coeff=0.01)
+    runner = policy.replace(config=config).make_runner(1)
+    found = [runner.select_action(observations(1, seed=t)) for t in range(3)]
+    queued = policy.replace(config=dataclasses.replace(policy.config, n_action_steps=1)).make_runner(1)
+    plain = [queued.select_action(observations(1, seed=t)) for t in range(3)]
+    np.testing.assert_allclose(found[0], plain[0], rtol=1e-6)
+    assert not np.allclose(found[2], plain[2])

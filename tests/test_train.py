@@ -1,0 +1,338 @@
+"""The real program is run: trained, stopped, killed, resumed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lerobot_jax import checkpoint, train
+from lerobot_jax.config import load_config
+from lerobot_jax.errors import InputError
+from lerobot_jax.metrics import read_metrics
+from lerobot_jax.policies.base import load_policy
+from tests.data.recordings import record
+
+RECIPE = """
+from lerobot_jax.config import DatasetConfig, TrainConfig
+from lerobot_jax.features import NormalizationMode
+from lerobot_jax.policies.act import ACTConfig
+
+def get_config(variant=""):
+    return TrainConfig(
+        job_name="tiny",
+        dataset=DatasetConfig(repo_id="test/recorded", root="{root}", eval_split=0.3),
+        policy=ACTConfig(
+            normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MEAN_STD),
+            chunk_size=4, n_action_steps=2, dim_model=16, n_heads=2, dim_feedforward=16, n_encoder_layers=1,
+            n_vae_encoder_layers=1, latent_dim=4, optimizer_lr=1e-3,
+        ),
+        steps=20, batch_size=8, log_freq=5, save_freq=10, env_eval_freq=0, eval_steps=10, ema_decay=0.9,
+    )
+"""
+FEATURES = {
+    "observation.environment_state": {"dtype": "float32", "shape": (4,), "names": None},
+    "observation.state": {"dtype": "float32", "shape": (3,), "names": None},
+    "action": {"dtype": "float32", "shape": (2,), "names": None},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("data") / "dataset", lengths=(9, 12, 8, 11), features=FEATURES).root
+
+
+@pytest.fixture
+def arguments(root: Path, tmp_path: Path) -> list[str]:
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(RECIPE.format(root=root))
+    return [f"--config={recipe}", f"--config.output_dir={tmp_path / 'run'}"]
+
+
+def final_arrays(run: Path) -> dict[str, np.ndarray]:
+    """Read the weights that a run exported last, and its whole train state."""
+    step = checkpoint.saved_steps(run)[-1]
+    folder = run / "checkpoints" / f"{step:06d}"
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no shardings are given
+        state = checkpointer.restore((folder / "training_state").resolve())
+    named = {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return named | safetensors.numpy.load_file(folder / "pretrained_model/model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = final_arrays(a), final_arrays(b)
+    assert set(first) == set(second)
+    for key, value in first.items():
+        np.testing.assert_array_equal(value, second[key], err_msg=key)
+
+
+def test_a_run_leaves_its_files(arguments: list[str], tmp_path: Path):
+    train.main(arguments)
+    run = tmp_path / "run"
+    assert checkpoint.saved_steps(run) == [10, 20]
+    assert os.readlink(run / "checkpoints/last") == "000020"
+    assert (run / "checkpoints/best").is_symlink()
+    assert (run / "curves.png").stat().st_size > 5000
+    assert json.loads((run / "train_config.json").read_text())["policy"]["dim_model"] == 16
+    records = read_metrics(run / "metrics.jsonl")
+    logged = [r for r in records if "loss" in r]
+    assert [r["step"] for r in logged] == [5, 10, 15, 20]
+    assert {"l1_loss", "kld_loss", "grad_norm", "lr", "samples_per_s", "data_wait"} <= set(logged[0])
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert [r["step"] for r in records if "eval_loss" in r] == [10, 20]
+    folder = run / "checkpoints/last/pretrained_model"
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "policy_preprocessor.json", "train_config.json"} <= files
+    policy = load_policy(folder)
+    ema = final_arrays(run)["['ema']['params']['model']['action_head']['bias']"]
+    np.testing.assert_array_equal(policy.params["model"]["action_head"]["bias"], ema)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(arguments: list[str], tmp_path: Path):
+    """Also when it is resumed with another number of threads, and with gradient accumulation."""
+    more = [
+        "--config.gradient_accumulation_steps=2",
+        "--config.eval_steps=0",
+        "--config.dataset.eval_split=0",
+    ]
+    train.main([*arguments, *more])
+    half = [a.replace("/run", "/half") for a in arguments]
+    train.main([*half, *more, "--config.steps=10"])
+    train.main([*half, *more, "--config.resume=True", "--config.num_workers=1", "--config.prefetch_factor=1"])
+    assert_same_run(tmp_path / "run", tmp_path / "half")
+    steps = [r["step"] for r in read_metrics(tmp_path / "half/metrics.jsonl")]
+    assert steps == [5, 10, 15, 20]
+
+
+def test_a_used_folder_is_refused_with_advice(arguments: list[str], tmp_path: Path):
+    with pytest.raises(InputError, match="no run to resume"):
+        train.main([*arguments, "--config.resume=True"])
+    train.main([*arguments, "--config.steps=1"])
+    with pytest.raises(
+        InputError, match=r"already holds a run \(last checkpoint: step 1\).*resume=True.*output_dir"
+    ):
+        train.main(arguments)
+    changed = [*arguments, "--config.resume=True", "--config.batch_size=16"]
+    with pytest.raises(InputError, match="batch_size is 16, but the run to resume had 8"):
+        train.main(changed)
+    with pytest.raises(InputError, match=r"policy.dropout is 0.5, but the run to resume had 0.1"):
+        train.main([*arguments, "--config.resume=True", "--config.policy.dropout=0.5"])
+
+
+def test_old_checkpoints_are_removed_but_the_best_stays(arguments: list[str], tmp_path: Path):
+    train.main(
+        [
+            *arguments,
+            "--config.steps=12",
+            "--config.save_freq=2",
+            "--config.keep_last=2",
+            "--config.eval_steps=3",
+        ]
+    )
+    run = tmp_path / "run"
+    records = [r for r in read_metrics(run / "metrics.jsonl") if "eval_loss" in r]
+    best = min(records, key=lambda r: r["eval_loss"])["step"]
+    assert os.readlink(run / "checkpoints/best") == f"{best:06d}"
+    assert set(checkpoint.saved_steps(run)) == {10, 12, best}
+
+
+def test_fine_tuning_starts_from_the_given_weights(arguments: list[str], tmp_path: Path):
+    train.main([*arguments, "--config.steps=3"])
+    source = tmp_path / "run/checkpoints/last/pretrained_model"
+    tuned = [a.replace("/run", "/tuned") for a in arguments]
+    path = f"--config.policy.pretrained_path={source}"
+    train.main([*tuned, path, "--config.steps=1", "--config.policy.optimizer_lr=1e-9"])
+    before, after = (load_policy(p) for p in (source, tmp_path / "tuned/checkpoints/last/pretrained_model"))
+    for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    config = json.loads((source / "config.json").read_text())
+    config["input_features"]["observation.state"]["shape"] = [7]
+    wide = shutil.copytree(source, tmp_path / "wide")
+    (wide / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"'observation.state' of shape \(7,\) is needed"):
+        train.main([*tuned, "--config.output_dir=other", f"--config.policy.pretrained_path={wide}"])
+
+
+def test_wrong_input_stops_before_anything_is_made(arguments: list[str], tmp_path: Path, root: Path):
+    faults = {
+        r"ACT needs at least one image or": [f"--config.dataset.root={_without_env_state(tmp_path)}"],
+        r"batch_size=9 must be a multiple of the 8 devices": ["--config.batch_size=9"],
+        r"dataset.root is not a LeRobotDataset": [f"--config.dataset.root={tmp_path}"],
+        r"'observation.state' is to be normalized with MEAN_STD, but .* \['mean', 'std'\] are missing": [
+            f"--config.dataset.root={_without_statistics(root, tmp_path)}"
+        ],
+        r"the policy's action has shape \(2,\), env.type=pusht takes|the policy needs \['observation.": [
+            "--config.env.type=pusht",
+            "--config.env.obs_type=pixels",
+        ],
+        r"timm/resnet18.tv_in1k": [
+            f"--config.dataset.root={record(tmp_path / 'images').root}",
+            "--config.eval_steps=0",
+        ],
+    }
+    for message, more in faults.items():
+        with pytest.raises(InputError, match=message):
+            train.main([*arguments, *more])
+        assert not (tmp_path / "run").exists() or message.startswith("timm")
+
+
+def _without_env_state(tmp_path: Path) -> Path:
+    features = {k: v for k, v in FEATURES.items() if "environment" not in k}
+    return record(tmp_path / "no_env", features=features).root
+
+
+def _without_statistics(root: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(root, tmp_path / "no_stats")
+    stats = json.loads((copy / "meta/stats.json").read_text())
+    del stats["observation.state"]
+    (copy / "meta/stats.json").write_text(json.dumps(stats))
+    return copy
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path: Path):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step .*lower the learning rate"):
+        train.main([*arguments, "--config.policy.optimizer_lr=1e30", "--config.optimizer.grad_clip_norm=0"])
+    assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+# In a process of its own
+
+
+def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["LEROBOT_JAX_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "lerobot_jax.train", *arguments]
+    with (tmp_path / "log.txt").open("a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
+
+
+def finish(arguments: list[str], tmp_path: Path) -> None:
+    assert start(arguments, tmp_path).wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+
+
+def wait_for(condition, process: subprocess.Popen, tmp_path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_at_any_moment_the_run_resumes_exactly(arguments: list[str], tmp_path: Path):
+    """Saves follow one another without a pause, so that most kills hit one in progress."""
+    settings = ["--config.steps=150", "--config.save_freq=3", "--config.eval_steps=0", "--config.log_freq=10"]
+    finish([*arguments, *settings], tmp_path)
+    killed = [a.replace("/run", "/killed") for a in arguments] + settings
+    folder = tmp_path / "killed"
+    dice = random.Random(0)
+    for attempt in range(4):
+        process = start(killed if attempt == 0 else [*killed, "--config.resume=True"], tmp_path)
+        before = checkpoint.saved_steps(folder)[-1:] if attempt else []
+        if attempt < 3:
+            wait_for(lambda before=before: checkpoint.saved_steps(folder)[-1:] != before, process, tmp_path)
+        else:  # once before anything new is saved
+            wait_for(
+                lambda: "compiled" in (tmp_path / "log.txt").read_text().split("killed")[-1],
+                process,
+                tmp_path,
+            )
+        time.sleep(dice.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        for step in checkpoint.saved_steps(folder):  # whatever is there is whole
+            load_policy(folder / "checkpoints" / f"{step:06d}" / "pretrained_model")
+    finish([*killed, "--config.resume=True"], tmp_path)
+    assert_same_run(tmp_path / "run", folder)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_before_it_ends(arguments: list[str], tmp_path: Path, number: int):
+    settings = ["--config.steps=100000", "--config.save_freq=0", "--config.eval_steps=0"]
+    process = start([*arguments, *settings], tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, process, tmp_path)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    steps = checkpoint.saved_steps(tmp_path / "run")
+    assert len(steps) == 1
+    assert steps[0] >= 20
+    assert "continue with --config.resume=True" in (tmp_path / "log.txt").read_text()
+    finish(
+        [*arguments, f"--config.steps={steps[0] + 1}", "--config.eval_steps=0", "--config.resume=True"],
+        tmp_path,
+    )
+
+
+def test_mistakes_are_one_line_on_the_command_line(arguments: list[str], tmp_path: Path):
+    process = start([*arguments, "--config.batch_sise=3"], tmp_path)
+    assert process.wait(timeout=120) == 1
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines == [
+        "error: Unrecognized options: --config.batch_sise=3; perhaps you meant --config.batch_size"
+    ]
+
+
+def test_the_recipes_are_valid():
+    recipes = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+    assert recipes
+    for path in recipes:
+        assert load_config([f"--config={path}"]).job_name
+
+
+def test_damaged_checkpoints_are_reported(arguments: list[str], tmp_path: Path):
+    train.main([*arguments, "--config.eval_steps=0", "--config.dataset.eval_split=0"])
+    state = tmp_path / "run/checkpoints/000020/training_state"
+    for path in [p for p in state.rglob("*") if p.is_file() and p.stat().st_size > 200]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    resumed = [*arguments, "--config.eval_steps=0", "--config.dataset.eval_split=0", "--config.resume=True"]
+    with pytest.raises(
+        InputError, match=r"000020/training_state: the checkpoint is damaged .*remove .*000020"
+    ):
+        train.main([*resumed, "--config.steps=30"])
+    shutil.rmtree(tmp_path / "run/checkpoints/000020")
+    train.main(resumed)
+    assert checkpoint.saved_steps(tmp_path / "run") == [10, 20]
+
+
+def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
+    arguments: list[str], tmp_path: Path, monkeypatch
+):
+    original = checkpoint.FunctionalPolicy.save_pretrained
+
+    def full(self, folder):
+        if "000020" in str(folder):
+            raise OSError(28, "No space left on device", str(folder))
+        original(self, folder)
+
+    monkeypatch.setattr(checkpoint.FunctionalPolicy, "save_pretrained", full)
+    with pytest.raises(InputError, match=r"000020: could not save .*No space left.*last good one is 000010"):
+        train.main(arguments)
+    assert checkpoint.saved_steps(tmp_path / "run") == [10]
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    monkeypatch.undo()
+    train.main([*arguments, "--config.resume=True"])
+    assert checkpoint.saved_steps(tmp_path / "run") == [10, 20]
+
+
+def test_too_little_space_is_told_before_writing(arguments: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(
+        InputError, match=r"could not save the checkpoint .*MB needed, 0 MB free\); there is none yet"
+    ):
+        train.main(arguments)
