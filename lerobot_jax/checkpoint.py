@@ -20,7 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
+from lerobot_jax import optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
@@ -76,6 +78,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
                 config, dataset=dataclasses.replace(config.dataset, revision=revision)
             )
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
+        _warn_of_another_schedule(config, before["steps"])
         for rest in (folder / CHECKPOINTS).glob(".*"):
             _remove(rest)
     elif folder.exists() and any(folder.iterdir()):
@@ -224,6 +227,22 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
 def _check_equal(name: str, before: Any, now: Any, where: Path) -> None:
     if before != now:
         raise InputError(f"{name} is {now}, but the run to resume had {before} ({where})")
+
+
+def _warn_of_another_schedule(config: TrainConfig, steps_before: int) -> None:
+    step = min(config.steps, steps_before) - 1
+    now, before = (
+        float(optim.make_schedule(dataclasses.replace(config, steps=steps))(step))
+        for steps in (config.steps, steps_before)
+    )
+    if now != before:
+        logging.warning(
+            "steps is %d, but was %d when the run began: its learning-rate schedule changes from here on, so the "
+            "result is not that of a run with %d steps from the start",
+            config.steps,
+            steps_before,
+            config.steps,
+        )
 
 
 def _sync(folder: Path) -> None:

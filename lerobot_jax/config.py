@@ -149,7 +149,7 @@ class WandBConfig:
     """Logging to Weights & Biases (needs the extra `wandb`)."""
 
     enable: bool = False
-    """Log metrics, curves and videos there too."""
+    """Log the metrics there too."""
     project: str = "lerobot"
     """Project name."""
     entity: str | None = None

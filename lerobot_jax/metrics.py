@@ -1,5 +1,6 @@
 """A run's metrics: `metrics.jsonl`, one JSON object a line, and Weights & Biases if asked for."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -60,12 +61,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _start_wandb(config: TrainConfig) -> Any:
+def import_wandb() -> Any:
+    """Import the package `wandb`, or say how to get it."""
     try:
         import wandb
     except ImportError:
         raise InputError("wandb.enable needs the package wandb: pip install 'lerobot_jax[wandb]'") from None
-    return wandb.init(
+    return wandb
+
+
+def _start_wandb(config: TrainConfig) -> Any:
+    return import_wandb().init(
         project=config.wandb.project,
         entity=config.wandb.entity,
         notes=config.wandb.notes,
@@ -74,5 +80,7 @@ def _start_wandb(config: TrainConfig) -> Any:
         dir=str(config.run_dir),
         config=config.to_dict(),
         resume="allow",
-        id=config.run_dir.resolve().as_posix().replace("/", "-").strip("-"),
+        id=hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[
+            :16
+        ],  # a resumed run goes on in it
     )

@@ -32,7 +32,7 @@ from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evalua
 from lerobot_jax.features import ACTION, FeatureType, dataset_to_policy_features
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
-from lerobot_jax.metrics import MetricsLog
+from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.progress import progress_bar
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
     keys = batch_keys(config, policy)
     if config.env.type is not None:
         check_environment(policy.config, config.env)
+    if config.wandb.enable:
+        import_wandb()
     mesh = sharding.make_mesh()
     accumulation = config.gradient_accumulation_steps
     split_over_devices = sharding.batch_sharding(mesh, config.batch_size, axis=int(accumulation > 1))

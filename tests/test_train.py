@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -119,6 +120,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(arguments: list[str], tmp_path: 
     assert steps == [5, 10, 15, 20]
 
 
+def test_another_number_of_steps_warns_if_the_schedule_depends_on_it(arguments, tmp_path: Path, caplog):
+    cosine = [*arguments, "--config.scheduler.type=cosine", "--config.eval_steps=0"]
+    train.main([*cosine, "--config.steps=2"])
+    train.main([*cosine, "--config.steps=4", "--config.resume=True"])
+    assert "steps is 4, but was 2 when the run began" in caplog.text
+    caplog.clear()
+    constant = [a.replace("/run", "/constant") for a in arguments] + ["--config.eval_steps=0"]
+    train.main([*constant, "--config.steps=2"])
+    train.main([*constant, "--config.steps=4", "--config.resume=True"])
+    assert "when the run began" not in caplog.text
+
+
+def test_metrics_go_to_weights_and_biases_too(arguments: list[str], tmp_path: Path, monkeypatch):
+    with pytest.raises(InputError, match=r"pip install 'lerobot_jax\[wandb\]'"):
+        train.main([*arguments, "--config.wandb.enable=True"])
+    assert not (tmp_path / "run").exists()
+    logged, started = [], {}
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **settings: started.update(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.main([*arguments, "--config.wandb.enable=True", "--config.eval_steps=0"])
+    assert started["config"]["policy"]["chunk_size"] == 4
+    assert [step for step, _ in logged] == [5, 10, 15, 20]
+    assert {"loss", "lr"} <= set(logged[0][1])
+
+
 def test_a_used_folder_is_refused_with_advice(arguments: list[str], tmp_path: Path):
     with pytest.raises(InputError, match="no run to resume"):
         train.main([*arguments, "--config.resume=True"])
@@ -214,8 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path:
 
 
 def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["LEROBOT_JAX_CACHE"] = str(tmp_path / "cache")
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "lerobot_jax.train", *arguments]
     with (tmp_path / "log.txt").open("a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)

@@ -4,6 +4,8 @@ The built-in ones are an expert's actions, committed as one small file; the firs
 and writes the dataset into LeRobot's cache, so that nothing has to be downloaded.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from lerobot_jax import hub
 from lerobot_jax.data.writer import DatasetWriter
+from lerobot_jax.envs import pusht_expert
 from lerobot_jax.envs.pusht import FastPushTEnv
+from lerobot_jax.errors import InputError
+from lerobot_jax.progress import progress_bar
 
+BUILTIN = {"builtin/pusht": False, "builtin/pusht_keypoints": True}  # name -> keypoints instead of images
 TASK = "Push the T-shaped block onto the T-shaped target."
 FPS = 10
 
@@ -76,3 +83,65 @@ def record_episode(
             frame["observation.environment_state"] = env.keypoints.astype(np.float32)
         writer.add_frame(frame)
     writer.save_episode()
+
+
+def make_builtin_dataset(repo_id: str) -> None:
+    """Write a built-in dataset into LeRobot's cache unless it is there.
+
+    Raises:
+        InputError: for a name that is not built in.
+    """
+    if repo_id not in BUILTIN:
+        raise InputError(f"dataset '{repo_id}': no such built-in dataset; there are {', '.join(BUILTIN)}")
+    root = hub.lerobot_home() / repo_id
+    if root.exists():
+        return
+    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
+    writer = create_pusht_dataset(repo_id, partial, keypoints=BUILTIN[repo_id])
+    env, episodes = FastPushTEnv(), load_demonstrations()
+    try:
+        with progress_bar(f"replaying the demonstrations ({repo_id}, once)", len(episodes), "episode") as bar:
+            for seed, actions in episodes:
+                states = replay(env, seed, actions)
+                record_episode(writer, env, states[:-1], actions, coverage_of(states[1:]))
+                bar.update()
+        writer.finalize()
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_demonstrations() -> list[tuple[int, Float[np.ndarray, "t 2"]]]:
+    """Give the seed and the expert's actions of every built-in episode."""
+    with np.load(Path(__file__).with_name("pusht_demonstrations.npz")) as file:
+        seeds, lengths, actions = file["seeds"], file["lengths"].astype(int), file["actions"]
+    return list(zip(seeds.tolist(), np.split(actions, lengths.cumsum()[:-1]), strict=True))
+
+
+def replay(
+    env: FastPushTEnv, seed: int, actions: Float[np.ndarray, "t 2"]
+) -> Float[np.ndarray, "t_plus_1 5"]:
+    """Give the states of an episode: the environment's own physics, without what it computes around it."""
+    env.reset(seed=seed)
+    agent, space, dt = env.agent, env.space, env.dt
+    env.collision_handeler.post_solve = _ignore_contacts
+    states = [env.state]
+    for x, y in actions.tolist():
+        (px, py), (vx, vy) = agent.position, agent.velocity
+        for _ in range(int(1 / (dt * env.control_hz))):
+            vx += (env.k_p * (x - px) + env.k_v * (0 - vx)) * dt
+            vy += (env.k_p * (y - py) + env.k_v * (0 - vy)) * dt
+            agent.velocity = vx, vy
+            space.step(dt)
+            px, py = agent.position
+        states.append(env.state)
+    return np.array(states)
+
+
+def _ignore_contacts(*_: object) -> None: ...
+
+
+def coverage_of(states: Float[np.ndarray, "t 5"]) -> Float[np.ndarray, " t"]:
+    """Give how much of the goal is covered in each state."""
+    angle = states[:, 4]
+    return pusht_expert.coverage(states[:, 2:4] + pusht_expert.rotate(pusht_expert.CENTRE, angle), angle)
