@@ -19,8 +19,8 @@ It rests on three facts about this environment.
   agent backs off at once. A push that settles instead teaches "the target is where I am" right before every
   decision, and clones get stuck there.
 
-Knocking the agent off its way while recording (with the expert's own actions as labels) did not help: clones of 1100
-such episodes covered 0.83 of the goal, of undisturbed ones 0.87 (ACT, 22k steps, 200 episodes).
+Knocking the agent off its way while recording (with the expert's own actions as labels) did not help: clones of
+1100 such episodes covered 0.83 of the goal, of undisturbed ones 0.87 (ACT, 22k steps, 200 episodes).
 
 `python tools/make_pusht_demonstrations.py` records the episodes.
 """
