@@ -1,8 +1,7 @@
 """Pictures of a run and of what a policy predicts.
 
     python -m lerobot_jax.visualize --run=outputs/act_pusht
-    python -m lerobot_jax.visualize --policy.path=outputs/act_pusht/checkpoints/last/pretrained_model \
-        --dataset.repo_id=builtin/pusht
+    python -m lerobot_jax.visualize --policy.path=outputs/act_pusht/checkpoints/last/pretrained_model
 
 The first draws a run's curves (`curves.png`); the second draws predicted over recorded action chunks on samples
 of a dataset (`action_chunks.png`).
@@ -22,15 +21,17 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME
 from lerobot_jax.config import DatasetConfig, option_values, parse
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.windows import policy_delta_timestamps
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.features import ACTION
+from lerobot_jax.files import read_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import METRICS_NAME, read_metrics
-from lerobot_jax.policies.base import load_policy
+from lerobot_jax.policies.base import find_policy, load_policy
 
 CURVES_NAME = "curves.png"
 CHUNKS_NAME = "action_chunks.png"
@@ -39,11 +40,12 @@ PREDICTED, RECORDED = "#d1495b", "#30638e"
 
 @dataclasses.dataclass(frozen=True)
 class VisualizeConfig:
-    """What to draw: a run's curves (`run`), or a policy's predictions (--policy.path and dataset)."""
+    """What to draw: a run's curves (`run`), or a policy's predictions on a dataset (--policy.path)."""
 
     run: str | None = None
     """A run's folder."""
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    """With --policy.path, the default is what the policy was trained on."""
     num_samples: int = 6
     """How many samples to draw."""
     seed: int = 0
@@ -116,10 +118,29 @@ def plot_chunks(
     figure.savefig(output, dpi=110)
 
 
-def predict_samples(policy_path: str, config: VisualizeConfig) -> dict[str, Any]:
+def trained_on(policy_folder: Path) -> DatasetConfig:
+    """Tell what a policy was trained on, from the train_config.json beside it (ours or LeRobot's)."""
+    path = policy_folder / TRAIN_CONFIG_NAME
+    if not path.exists():
+        return DatasetConfig()
+    source = read_json(path)["dataset"]
+    episodes = source.get("episodes")
+    return DatasetConfig(
+        repo_id=source["repo_id"],
+        root=source.get("root"),
+        episodes=None if episodes is None else tuple(episodes),
+        revision=source.get("revision"),
+    )
+
+
+def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, Any]:
     """Predict chunks on random frames of a dataset; give what `plot_chunks` draws, without the output."""
-    policy = load_policy(policy_path)
+    policy = load_policy(policy_folder)
     source = config.dataset
+    if source.root is None and source.repo_id.startswith("builtin/"):
+        from lerobot_jax.envs.demonstrations import make_builtin_dataset
+
+        make_builtin_dataset(source.repo_id)
     meta = LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
     windows = policy_delta_timestamps(policy.config, meta.features, meta.fps)
     dataset = LeRobotDataset(
@@ -158,8 +179,12 @@ def predict_samples(policy_path: str, config: VisualizeConfig) -> dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     policy_path = next(iter(option_values(argv, "--policy.path")), None)
     others = [a for a in argv if a not in ("--policy.path", policy_path, f"--policy.path={policy_path}")]
-    config = parse(VisualizeConfig, VisualizeConfig(), others, "lerobot_jax.visualize", __doc__ or "")
-    if (config.run is None) == (policy_path is None):
+    policy_folder = None if policy_path is None else find_policy(policy_path)
+    default = (
+        VisualizeConfig() if policy_folder is None else VisualizeConfig(dataset=trained_on(policy_folder))
+    )
+    config = parse(VisualizeConfig, default, others, "lerobot_jax.visualize", __doc__ or "")
+    if (config.run is None) == (policy_folder is None):
         raise InputError("give either --run=RUN_FOLDER or --policy.path=FOLDER_OR_HUB_NAME, see --help")
     mpl.use("agg")
     if config.run is not None:
@@ -168,9 +193,10 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"{Path(config.run) / METRICS_NAME}: no metrics to draw")
     else:
         assert policy_path is not None
-        folder = Path(policy_path) if Path(policy_path).is_dir() else Path()
+        assert policy_folder is not None
+        folder = policy_folder if Path(policy_path).is_dir() else Path()  # not in the Hub's cache
         path = Path(config.output) if config.output else folder / CHUNKS_NAME
-        plot_chunks(**predict_samples(policy_path, config), output=path)
+        plot_chunks(**predict_samples(policy_folder, config), output=path)
     logging.info("drawn: %s", path)
 
 

@@ -54,6 +54,11 @@ def test_action_chunks(tmp_path: Path):
         assert np.asarray(picture).std() > 5
     visualize.main([*arguments, f"--output={tmp_path / 'other.png'}", "--dataset.episodes", "1"])
     assert (tmp_path / "other.png").exists()
+    # Without a dataset, the one that the policy was trained on.
+    source = {"repo_id": "test/recorded", "root": str(tmp_path / "dataset"), "image_transforms": {}}
+    (tmp_path / "policy/train_config.json").write_text(json.dumps({"dataset": source}))
+    visualize.main([arguments[0], "--num_samples=2", f"--output={tmp_path / 'default.png'}"])
+    assert (tmp_path / "default.png").exists()
 
 
 def test_mistakes(tmp_path: Path):
