@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> TrainConfig:
             batch_size=64,
             log_freq=500,
             save_freq=11_000,
-            env_eval_freq=22_000,
+            env_eval_freq=11_000,
         )
     if variant:
         raise ValueError(f"no variant '{variant}'; there is 'state'")

@@ -57,25 +57,33 @@ class VisualizeConfig:
 def plot_curves(run_dir: Path, output: Path | None = None) -> Path | None:
     """Draw losses, evaluations, gradients and speed over the steps of a run; return the picture's path."""
     records = read_metrics(run_dir / METRICS_NAME)
+    logged = {name for record in records for name in record}
     panels = [
-        ("loss", [name for name in ("loss", "eval_loss") if _has(records, name)]),
-        ("reward", [name for name in ("avg_max_reward", "avg_max_coverage") if _has(records, name)]),
-        ("success, %", [name for name in ("pc_success",) if _has(records, name)]),
-        ("gradient norm", [name for name in ("grad_norm",) if _has(records, name)]),
-        ("samples per second", [name for name in ("samples_per_s",) if _has(records, name)]),
+        (title, [name for name in names if name in logged], top)
+        for title, names, top in (
+            ("loss", ("loss", "eval_loss"), None),
+            ("reward", ("avg_max_reward", "avg_max_coverage"), 1.0),
+            ("success, %", ("pc_success",), 100.0),
+            ("gradient norm", ("grad_norm",), None),
+            ("samples per second", ("samples_per_s",), None),
+        )
+        if logged & {*names}
     ]
-    panels = [(title, names) for title, names in panels if names]
     if not panels:
         return None
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for ax, (title, names) in zip(axes, panels, strict=True):
+    last_step = records[-1]["step"]
+    for ax, (title, names, top) in zip(axes, panels, strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
             ax.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, ms=4, label=name)
         _style(ax, title, "step")
+        ax.set_xlim(0, last_step * 1.05)
         if title == "loss":
             ax.set_yscale("log")
+        else:
+            ax.set_ylim(0, None if top is None else top * 1.05)
         if len(names) > 1:
             ax.legend(frameon=False)
     path = output or run_dir / CURVES_NAME
@@ -198,10 +206,6 @@ def main(argv: Sequence[str]) -> None:
         path = Path(config.output) if config.output else folder / CHUNKS_NAME
         plot_chunks(**predict_samples(policy_folder, config), output=path)
     logging.info("drawn: %s", path)
-
-
-def _has(records: Sequence[dict[str, Any]], name: str) -> bool:
-    return any(name in record for record in records)
 
 
 def _style(ax: Axes, title: str, xlabel: str) -> None:
