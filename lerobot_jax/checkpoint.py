@@ -230,7 +230,7 @@ def _check_equal(name: str, before: Any, now: Any, where: Path) -> None:
 
 
 def _warn_of_another_schedule(config: TrainConfig, steps_before: int) -> None:
-    step = min(config.steps, steps_before) - 1
+    step = min(config.steps, steps_before)
     now, before = (
         float(optim.make_schedule(dataclasses.replace(config, steps=steps))(step))
         for steps in (config.steps, steps_before)

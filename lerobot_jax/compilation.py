@@ -13,4 +13,5 @@ def keep_compiled_programs() -> None:
 
 def compile_quickly(function, *args):
     """Compile a function that runs once: little optimization."""
-    return jax.jit(function).lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=options).lower(*args).compile()

@@ -120,16 +120,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(arguments: list[str], tmp_path: 
     assert steps == [5, 10, 15, 20]
 
 
-def test_another_number_of_steps_warns_if_the_schedule_depends_on_it(arguments, tmp_path: Path, caplog):
-    cosine = [*arguments, "--config.scheduler.type=cosine", "--config.eval_steps=0"]
-    train.main([*cosine, "--config.steps=2"])
-    train.main([*cosine, "--config.steps=4", "--config.resume=True"])
-    assert "steps is 4, but was 2 when the run began" in caplog.text
-    caplog.clear()
-    constant = [a.replace("/run", "/constant") for a in arguments] + ["--config.eval_steps=0"]
-    train.main([*constant, "--config.steps=2"])
-    train.main([*constant, "--config.steps=4", "--config.resume=True"])
-    assert "when the run began" not in caplog.text
+@pytest.mark.parametrize(("schedule", "warns"), [("cosine", True), ("constant_with_warmup", False)])
+def test_more_steps_warn_if_the_schedule_depends_on_them(arguments, caplog, schedule: str, warns: bool):
+    scheduled = [*arguments, f"--config.scheduler.type={schedule}", "--config.scheduler.num_warmup_steps=1"]
+    checkpoint.write_train_config(load_config([*scheduled, "--config.steps=2"]))
+    checkpoint.open_run(load_config([*scheduled, "--config.steps=4", "--config.resume=True"]))
+    assert ("steps is 4, but was 2 when the run began" in caplog.text) == warns
 
 
 def test_metrics_go_to_weights_and_biases_too(arguments: list[str], tmp_path: Path, monkeypatch):

@@ -39,7 +39,7 @@ def read_source(path: Path) -> dict[str, np.ndarray]:
             "episode_ends": "meta/episode_ends",
             "img": "data/img",
         }
-        arrays = {name: np.asarray(group[key][:]) for name, key in names.items() if key in group}
+        arrays = {name: np.asarray(group[key]) for name, key in names.items() if key in group}
     elif path.is_file():
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}

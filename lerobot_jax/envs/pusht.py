@@ -61,7 +61,8 @@ class FastPushTEnv(PushTEnv):
     ) -> np.ndarray:
         if render_action:
             return super()._get_img(screen, width, height, render_action)
-        drawing = np.frombuffer(screen.get_buffer(), np.uint8).reshape(*screen.get_size()[::-1], 4)
+        pixels: Any = screen.get_buffer()
+        drawing = np.frombuffer(pixels, np.uint8).reshape(*screen.get_size()[::-1], 4)
         return np.ascontiguousarray(cv2.resize(drawing, (width, height))[..., 2::-1])  # stored as BGRX
 
 

@@ -136,7 +136,7 @@ shapely.prepare(_GOAL)
 def coverage(centre: np.ndarray, angle: np.ndarray) -> np.ndarray:
     """Return the share (...) of the goal area that the block covers at centres (..., 2) and angles (...)."""
     blocks = shapely.polygons(block_outline(centre, angle))
-    return shapely.area(shapely.intersection(blocks, _GOAL)) / _GOAL.area
+    return np.asarray(shapely.area(shapely.intersection(blocks, _GOAL)) / _GOAL.area)
 
 
 def goal_distance(centre: np.ndarray, angle: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ def goal_distance(centre: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return np.sqrt(((centre - GOAL_CENTRE) ** 2).sum(-1) + spread * (1.0 - np.cos(angle - GOAL_ANGLE)))
 
 
-def overrun(points: np.ndarray, margin: float) -> Scalars:
+def overrun(points: np.ndarray, margin: float) -> np.ndarray:
     """Return by how many px the points (..., 2) leave the 512 px arena less a margin; 0 inside."""
     return np.maximum(np.abs(points - 256.0).max(-1) - (256.0 - margin), 0.0)
 
@@ -341,17 +341,17 @@ class PushTExpert:
         `nearest` (n,) are the contacts whose steps to go stand for the points'.
         """
         shift, turn = push(point[:, None], normal[:, None], depth)
-        centre, angle = centre + rotate(shift, angle), angle + turn
-        index, weight = grid_weights(centre, angle)
+        pushed_centre, pushed_angle = centre + rotate(shift, angle), np.asarray(angle + turn)
+        index, weight = grid_weights(pushed_centre, pushed_angle)
         count = len(CONTACT)
         after = (self.steps_to_go[index * count + nearest[:, None, None]] * weight).sum(-1)
         after = np.maximum(after, STEPS_PER_TOUCH)
-        near = goal_distance(centre, angle) < 7.0
+        near = goal_distance(pushed_centre, pushed_angle) < 7.0
         if near.any():  # exact where the grid is too coarse: nothing to go once coverage is safely above 0.95
-            spare = coverage(centre[near], angle[near]) - SUCCESS_COVERAGE
+            spare = coverage(pushed_centre[near], pushed_angle[near]) - SUCCESS_COVERAGE
             after[near] *= np.clip((0.02 - spare) / 0.02, 0.0, 1.0)
         steps = after + depth / PUSH_SPEED + STEPS_PER_PUSH
-        steps = steps + wall_steps(centre, angle, (point + AGENT_RADIUS * normal)[:, None])
+        steps = steps + wall_steps(pushed_centre, pushed_angle, (point + AGENT_RADIUS * normal)[:, None])
         best = steps.argmin(1)
         return steps[np.arange(len(point)), best], depth[best]
 
@@ -408,6 +408,7 @@ class PushTExpert:
         points = np.array(route)
         travelled = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
         lead = float(np.clip(0.7 * LEAD_NEAR + 0.5 * travelled[-2], LEAD_NEAR, LEAD_WALK))
+        target = points[0]
         for ahead in np.linspace(lead, 6.0, 8):
             target = np.array([np.interp(ahead, travelled, points[:, i]) for i in (0, 1)])
             if ahead <= travelled[1] or not crosses(points[0], target, TOUCHING):
