@@ -12,8 +12,9 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-train: install  ## train ACT on the built-in Push-T demonstrations and evaluate it, in 15 minutes on 2 cores
-	$(BIN)/python -m lerobot_jax.train --config=configs/act_pusht.py:state
+# ACT on the built-in Push-T demonstrations. Goes on with `make train ARGS=--config.resume=True`.
+train: install
+	$(BIN)/python -m lerobot_jax.train --config=configs/act_pusht.py:state $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n 2

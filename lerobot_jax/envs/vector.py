@@ -5,6 +5,7 @@ import functools
 import gymnasium
 
 from lerobot_jax.config import EnvConfig
+from lerobot_jax.envs import pusht
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 
@@ -12,17 +13,7 @@ from lerobot_jax.features import FeatureType, PolicyFeature
 def make_vector_env(
     config: EnvConfig, obs_type: str, num_envs: int, use_async_envs: bool
 ) -> gymnasium.vector.VectorEnv:
-    """Make environments that are reset one by one, with `options={"reset_mask": ...}`.
-
-    Raises:
-        InputError: if the environment's package is missing.
-    """
-    try:
-        from lerobot_jax.envs import pusht
-    except ImportError as error:
-        raise InputError(
-            f"env.type={config.type} needs gym-pusht: pip install 'lerobot_jax[sim]' ({error})"
-        ) from None
+    """Make environments that are reset one by one, with `options={"reset_mask": ...}`."""
     make = functools.partial(
         pusht.make_pusht, obs_type, config.episode_length, visualization_width=384, visualization_height=384
     )

@@ -1,7 +1,11 @@
+import importlib
+import sys
+
 import numpy as np
 import pytest
 
 from lerobot_jax.envs.pusht import FastPushTEnv, PushTEnv
+from lerobot_jax.errors import InputError
 
 
 @pytest.fixture
@@ -38,3 +42,10 @@ def test_the_goal_is_covered_at_the_goal(env: FastPushTEnv):
     env.show(np.array([50.0, 50.0, 256.0, 256.0, np.pi / 4]))
     assert env.coverage == pytest.approx(1)
     assert env.keypoints.shape == (16,)
+
+
+def test_without_the_simulator_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    monkeypatch.delitem(sys.modules, "lerobot_jax.envs")
+    with pytest.raises(InputError, match=r"pip install 'lerobot_jax\[sim\]'"):
+        importlib.import_module("lerobot_jax.envs")
