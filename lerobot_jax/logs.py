@@ -1,6 +1,7 @@
 """What the commands print: a time and a plain sentence."""
 
 import logging as python_logging
+from pathlib import Path
 
 from absl import flags, logging
 
@@ -13,4 +14,5 @@ def setup_logging() -> None:
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     # Orbax and Grain report their inner life through the same logger.
-    handler.addFilter(lambda record: record.levelno > python_logging.INFO or "lerobot_jax" in record.pathname)
+    ours = str(Path(__file__).parent)
+    handler.addFilter(lambda record: record.levelno > python_logging.INFO or record.pathname.startswith(ours))
