@@ -1,0 +1,1 @@
+"""LeRobotDatasets on disk: read, write, windows, statistics, batches."""
