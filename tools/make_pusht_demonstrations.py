@@ -19,12 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-import lerobot_jax.envs
+from lerobot_jax.envs.demonstrations import DEMONSTRATIONS
 from lerobot_jax.envs.pusht import FastPushTEnv
 from lerobot_jax.envs.pusht_expert import PushTExpert, run_episode
 from lerobot_jax.progress import progress_bar
-
-OUTPUT = Path(lerobot_jax.envs.__file__).parent / "pusht_demonstrations.npz"
 
 
 @functools.cache
@@ -53,7 +51,7 @@ def main() -> None:
         help="far from the seeds that evaluations use, so that these are new to the policy (default: %(default)s)",
     )
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=DEMONSTRATIONS, help="default: %(default)s")
     args = parser.parse_args()
 
     seeds = range(args.first_seed, args.first_seed + args.episodes)

@@ -4,6 +4,7 @@ The built-in ones are an expert's actions, committed as one small file; the firs
 and writes the dataset into LeRobot's cache, so that nothing has to be downloaded.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.progress import progress_bar
 
 BUILTIN = {"builtin/pusht": False, "builtin/pusht_keypoints": True}  # name -> keypoints instead of images
+DEMONSTRATIONS = Path(__file__).with_name("pusht_demonstrations.npz")
+SOURCE_NAME = "demonstrations.sha256"  # in a built-in dataset: what it was made of
 TASK = "Push the T-shaped block onto the T-shaped target."
 FPS = 10
 
@@ -86,7 +89,7 @@ def record_episode(
 
 
 def make_builtin_dataset(repo_id: str) -> None:
-    """Write a built-in dataset into LeRobot's cache unless it is there.
+    """Write a built-in dataset into LeRobot's cache unless it is there, made of the same demonstrations.
 
     Raises:
         InputError: for a name that is not built in.
@@ -94,7 +97,9 @@ def make_builtin_dataset(repo_id: str) -> None:
     if repo_id not in BUILTIN:
         raise InputError(f"dataset '{repo_id}': no such built-in dataset; there are {', '.join(BUILTIN)}")
     root = hub.lerobot_home() / repo_id
-    if root.exists():
+    source = hashlib.sha256(DEMONSTRATIONS.read_bytes()).hexdigest()
+    stamp = root / SOURCE_NAME
+    if stamp.exists() and stamp.read_text() == source:
         return
     partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
     writer = create_pusht_dataset(repo_id, partial, keypoints=BUILTIN[repo_id])
@@ -106,6 +111,8 @@ def make_builtin_dataset(repo_id: str) -> None:
                 record_episode(writer, env, states[:-1], actions, coverage_of(states[1:]))
                 bar.update()
         writer.finalize()
+        (partial / SOURCE_NAME).write_text(source)
+        shutil.rmtree(root, ignore_errors=True)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +120,7 @@ def make_builtin_dataset(repo_id: str) -> None:
 
 def load_demonstrations() -> list[tuple[int, Float[np.ndarray, "t 2"]]]:
     """Give the seed and the expert's actions of every built-in episode."""
-    with np.load(Path(__file__).with_name("pusht_demonstrations.npz")) as file:
+    with np.load(DEMONSTRATIONS) as file:
         seeds, lengths, actions = file["seeds"], file["lengths"].astype(int), file["actions"]
     return list(zip(seeds.tolist(), np.split(actions, lengths.cumsum()[:-1]), strict=True))
 

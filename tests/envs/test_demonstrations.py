@@ -55,6 +55,9 @@ def test_a_builtin_dataset_is_made_once_and_whole_or_not_at_all(episodes, monkey
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     make_builtin_dataset("builtin/pusht_keypoints")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    (root / demonstrations.SOURCE_NAME).write_text("others")  # as after an update of the package
+    make_builtin_dataset("builtin/pusht_keypoints")
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} != before
 
 
 def test_an_unknown_builtin_dataset_is_refused():

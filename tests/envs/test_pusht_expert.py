@@ -1,16 +1,12 @@
 """The Push-T expert, and the demonstrations that it recorded."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-import lerobot_jax.envs
 from lerobot_jax.envs import pusht_expert
+from lerobot_jax.envs.demonstrations import DEMONSTRATIONS
 from lerobot_jax.envs.pusht import FastPushTEnv
 from lerobot_jax.envs.pusht_expert import PushTExpert, push, rotate, run_episode
-
-DEMONSTRATIONS = Path(lerobot_jax.envs.__file__).parent / "pusht_demonstrations.npz"
 
 
 @pytest.fixture(scope="module")
