@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,14 @@ class OptimizerConfig:
     grad_clip_norm: float | None = None
     """Gradients with a larger global norm are scaled down to it; 0: never."""
 
+    def __post_init__(self):
+        for name in ("lr", "eps", "weight_decay", "momentum", "grad_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.{name} must be finite and not negative, it is {value}")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be in [0, 1), not {self.betas}")
+
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
@@ -142,6 +151,12 @@ class SchedulerConfig:
     """cosine_decay_with_warmup: the rate that decay_lr is relative to."""
     decay_lr: float | None = None
     """cosine_decay_with_warmup: the final learning rate."""
+
+    def __post_init__(self):
+        for name in ("num_warmup_steps", "num_decay_steps", "peak_lr", "decay_lr"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"scheduler.{name} must not be negative, it is {value}")
 
 
 @dataclasses.dataclass(frozen=True)

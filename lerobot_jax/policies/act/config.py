@@ -69,7 +69,7 @@ class ACTConfig(PolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("chunk_size", "dim_feedforward", "latent_dim")
+        sizes = ("chunk_size", "dim_model", "n_heads", "dim_feedforward", "latent_dim")
         for name in (*sizes, "n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -94,6 +94,9 @@ class ACTConfig(PolicyConfig):
             raise ValueError(
                 f"dim_model={self.dim_model} must be a multiple of n_heads={self.n_heads} and of 4"
             )
+        for name in ("kl_weight", "optimizer_lr", "optimizer_weight_decay", "optimizer_lr_backbone"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
