@@ -7,7 +7,7 @@ Both train on built-in demonstrations. For the human ones, add `--config.dataset
 `lerobot/pusht_keypoints`), or make them with tools/import_pusht.py and add `--config.dataset.root=FOLDER`.
 
 Short chunks, of which half is executed, close the loop often enough for this task. The VAE is off: the built-in
-demonstrations have no styles to tell apart, and it would make a step of the state variant four times as long.
+demonstrations have no styles to tell apart, and it makes a step of the state variant several times as long.
 """
 
 from lerobot_jax.config import DatasetConfig, EnvConfig, EvalConfig, SchedulerConfig, TrainConfig
