@@ -60,7 +60,7 @@ class EnvConfig:
 
     type: Literal["pusht"] | None = None
     """The environment; None: no evaluation."""
-    task: str = "PushT-v0"
+    task: Literal["PushT-v0"] = "PushT-v0"
     """Its task."""
     obs_type: Literal["state", "environment_state_agent_pos", "pixels", "pixels_agent_pos"] | None = None
     """What it shows to the policy; None: what the policy's inputs ask for."""

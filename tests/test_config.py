@@ -70,6 +70,7 @@ WRONG = {
     "--config.dataset.eval_split=1.5": r"dataset.eval_split must be in \[0, 1\), not 1.5$",
     "--config.eval_steps=10": r"eval_steps needs held-out episodes",
     "--config.env.type=mars": r"invalid choice 'mars'",
+    "--config.env.task=Ant-v4": r"invalid choice 'Ant-v4'",
     "--config.ema_decay=2": r"ema_decay must be between 0 and 1",
     "--config.resume=yes": r"--config.resume",
     "--config.policy.pretrained_path=/nowhere": r"/nowhere: no such folder$",
