@@ -71,6 +71,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(config: TrainConfig) -> Any:
+    run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
     return import_wandb().init(
         project=config.wandb.project,
         entity=config.wandb.entity,
@@ -80,7 +81,5 @@ def _start_wandb(config: TrainConfig) -> Any:
         dir=str(config.run_dir),
         config=config.to_dict(),
         resume="allow",
-        id=hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[
-            :16
-        ],  # a resumed run goes on in it
+        id=run_id,  # so that a resumed run goes on in it
     )

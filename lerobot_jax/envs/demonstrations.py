@@ -92,13 +92,15 @@ def make_builtin_dataset(repo_id: str) -> None:
     """Write a built-in dataset into LeRobot's cache unless it is there, made of the same demonstrations.
 
     Raises:
-        InputError: for a name that is not built in.
+        InputError: for a name that is not built in, or if another dataset is in its place.
     """
     if repo_id not in BUILTIN:
         raise InputError(f"dataset '{repo_id}': no such built-in dataset; there are {', '.join(BUILTIN)}")
     root = hub.lerobot_home() / repo_id
     source = hashlib.sha256(DEMONSTRATIONS.read_bytes()).hexdigest()
     stamp = root / SOURCE_NAME
+    if root.exists() and not stamp.exists():
+        raise InputError(f"{root}: this is not the built-in dataset {repo_id}; move it away")
     if stamp.exists() and stamp.read_text() == source:
         return
     partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
@@ -112,7 +114,10 @@ def make_builtin_dataset(repo_id: str) -> None:
                 bar.update()
         writer.finalize()
         (partial / SOURCE_NAME).write_text(source)
-        shutil.rmtree(root, ignore_errors=True)
+        if stamp.exists() and stamp.read_text() == source:  # another process was faster
+            return
+        if root.exists():  # of other demonstrations
+            shutil.rmtree(root)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -58,6 +58,10 @@ def test_a_builtin_dataset_is_made_once_and_whole_or_not_at_all(episodes, monkey
     (root / demonstrations.SOURCE_NAME).write_text("others")  # as after an update of the package
     make_builtin_dataset("builtin/pusht_keypoints")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} != before
+    (root / demonstrations.SOURCE_NAME).unlink()  # somebody's own dataset
+    with pytest.raises(InputError, match="is not the built-in dataset builtin/pusht_keypoints; move it away"):
+        make_builtin_dataset("builtin/pusht_keypoints")
+    assert (root / "meta/info.json").exists()
 
 
 def test_an_unknown_builtin_dataset_is_refused():
