@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from lerobot_jax import optim
+from lerobot_jax.certificate import Certifier
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
@@ -109,6 +110,7 @@ class CheckpointWriter:
     def __init__(self, config: TrainConfig, policy: FunctionalPolicy):
         self._config, self._policy = config, policy
         self._folder = config.run_dir.resolve() / CHECKPOINTS
+        self._certifier = Certifier(policy)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: InputError | None = None
@@ -129,9 +131,10 @@ class CheckpointWriter:
         except OSError as error:
             _remove(partial)
             raise InputError(self._failure(name, error)) from None
+        certified = self._certifier.act(**weights)
         # Copied, not viewed: the next step reuses the memory of these arrays.
         weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
-        self._thread = threading.Thread(target=self._finish, args=(partial, name, weights, is_best))
+        self._thread = threading.Thread(target=self._finish, args=(partial, name, weights, certified, is_best))
         self._thread.start()
 
     def wait(self) -> None:
@@ -143,11 +146,11 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _finish(self, partial: Path, name: str, weights: Tree, is_best: bool) -> None:
+    def _finish(self, partial: Path, name: str, weights: Tree, certified: Tree, is_best: bool) -> None:
         try:
             try:
                 model = partial / PRETRAINED_MODEL
-                self._policy.replace(**weights).save_pretrained(model)
+                self._policy.replace(**weights).save_pretrained(model, certified)
                 write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
             finally:
                 self._orbax.wait_until_finished()

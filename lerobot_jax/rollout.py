@@ -112,15 +112,15 @@ class Runner:
         inputs = self._inputs(observation)
         wanted = range(len(self._execution)) if slots is None else slots
         chunks = {}
+        rows = {i: {key: value[i : i + 1] for key, value in inputs.items()} for i in wanted}
         for i in wanted:
             if self._execution[i].needs_chunk():
-                row = {key: value[i : i + 1] for key, value in inputs.items()}
-                chunks[i] = self._predict(*self._arrays, row, self._seed_key, self._episode[i], self._step[i])
+                chunks[i] = self._predict(*self._arrays, rows[i], self._seed_key, self._episode[i], self._step[i])
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(np.asarray(chunk)[0])
         actions = {}
         for i in wanted:
-            actions[i] = self._postprocess(self._execution[i].next_action()[None])
+            actions[i] = self._postprocess(self._execution[i].next_action()[None], rows[i])
             self._step[i] += 1
         result = np.zeros((len(self._execution), *self.policy.config.action_feature.shape), np.float32)
         for i, action in actions.items():

@@ -5,19 +5,20 @@ one layout rule per layer type turns arrays from one framework's order into the 
 its own, and no value is cast.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax.errors import InputError
+from lerobot_jax.nn.stack import Stack
+from lerobot_jax.state_dict import StateDict, Tensor, empty_aligned
 
 Tree = dict[str, Any]
 
@@ -38,94 +39,180 @@ def _out_in_last(weight: np.ndarray) -> np.ndarray:
     return np.moveaxis(weight, (0, 1), (-1, -2))
 
 
+def _flip(kernel: np.ndarray) -> np.ndarray:
+    """Reverse the spatial axes (the first ones): PyTorch's transposed convolution walks them the other way."""
+    return np.flip(kernel, tuple(range(kernel.ndim - 2)))
+
+
 # Variables that are not listed are stored as PyTorch stores them, under the same name.
 LAYOUTS: dict[type[nnx.Module], dict[str, Layout]] = {
     nnx.Linear: {"kernel": Layout("weight", _out_in_first, _out_in_last)},
     nnx.Conv: {"kernel": Layout("weight", _out_in_first, _out_in_last)},
+    nnx.ConvTranspose: {
+        "kernel": Layout(  # (*space, in, out) <-> (in, out, *space)
+            "weight",
+            lambda kernel: np.moveaxis(_flip(kernel), (-2, -1), (0, 1)),
+            lambda weight: _flip(np.moveaxis(weight, (0, 1), (-2, -1))),
+        )
+    },
     nnx.LayerNorm: {"scale": Layout("weight")},
+    nnx.GroupNorm: {"scale": Layout("weight")},
+    nnx.RMSNorm: {"scale": Layout("weight")},
+    nnx.BatchNorm: {"scale": Layout("weight"), "mean": Layout("running_mean"), "var": Layout("running_var")},
     nnx.Embed: {"embedding": Layout("weight")},
 }
+# Variables with a rule of their own in any layer. PyTorch counts in 64 bits, JAX in 32.
+VARIABLE_LAYOUTS = {
+    "num_batches_tracked": Layout(
+        "num_batches_tracked", lambda n: n.astype(np.int64), lambda n: n.astype(np.int32)
+    )
+}
+BLOCK = 64  # side of the squares in which matrices are transposed, so that both sides stay in the processor's cache
 
 
 class Entry(NamedTuple):
-    """One variable of a policy: its path in the tree of arrays, its PyTorch key, and how to convert it."""
+    """One array of a PyTorch policy: its keys, and the variable here that holds it (or one layer of it)."""
 
+    keys: tuple[str, ...]  # several if weights are tied; stored under the first
     path: tuple[str | int, ...]
-    key: str
+    layer: int | None  # index into the leading axis of a stack of blocks
     layout: Layout
     variable: nnx.Variable
 
+    def torch_form(self, dtype: np.dtype) -> tuple[tuple[int, ...], np.dtype]:
+        """Give the shape and type in PyTorch, when the variable here has a type."""
+        shape = self.variable.get_value().shape
+        zeros = np.broadcast_to(np.zeros((), dtype), shape if self.layer is None else shape[1:])
+        converted = self.layout.to_torch(zeros)
+        return converted.shape, converted.dtype
 
-def entries(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[Entry]:
-    """List the variables of a module tree (of arrays or of shapes)."""
+
+def entries(module: nnx.Module) -> list[Entry]:
+    """List the arrays that PyTorch's policy has for a module tree (of arrays or of shapes), layers in order."""
+    own_paths = {path: i for i, path in enumerate(flatten_dict(nnx.to_pure_dict(nnx.state(module))))}
+    found: dict[tuple[int, int | None], Entry] = {}
+    for entry in _walk(module, (), (), None):
+        same = found.get((id(entry.variable), entry.layer))
+        if same is not None:  # one variable under two names: tied weights
+            path = entry.path if entry.path in own_paths else same.path
+            entry = entry._replace(keys=tuple(sorted(same.keys + entry.keys)), path=path)
+        found[id(entry.variable), entry.layer] = entry
+    return sorted(found.values(), key=lambda entry: own_paths[entry.path])
+
+
+def _walk(
+    module: nnx.Module, path: tuple[str | int, ...], names: tuple[str | int, ...], layer: int | None
+) -> Iterator[Entry]:
     children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     layouts = next((rows for kind, rows in LAYOUTS.items() if isinstance(module, kind)), {})
     for name, child in children:
-        if isinstance(child, nnx.Module):
-            yield from entries(child, (*path, name))
+        if isinstance(child, Stack):
+            for i in range(child.length):
+                yield from _walk(child.block, (*path, name, "block"), (*names, name, i), i)
+        elif isinstance(child, nnx.Module):
+            yield from _walk(child, (*path, name), (*names, name), layer)
         elif isinstance(child, nnx.Variable):
-            layout = layouts.get(str(name), Layout(str(name)))
-            yield Entry((*path, name), ".".join(map(str, (*path, layout.torch_name))), layout, child)
+            layout = layouts.get(str(name)) or VARIABLE_LAYOUTS.get(str(name), Layout(str(name)))
+            key = ".".join(map(str, (*names, layout.torch_name)))
+            yield Entry((key,), (*path, name), layer, layout, child)
 
 
-def to_torch(module: nnx.Module, params: Tree, buffers: Tree) -> dict[str, np.ndarray]:
-    """Give the PyTorch state dict of a policy whose arrays are in `params` and `buffers`."""
+def to_torch(module: nnx.Module, params: Tree, buffers: Tree) -> StateDict:
+    """Give the PyTorch state dict of a policy whose arrays are in `params` and `buffers`, computed on access."""
     arrays = flatten_dict(params) | flatten_dict(buffers)
-    return {
-        entry.key: np.ascontiguousarray(entry.layout.to_torch(np.asarray(arrays[entry.path])))
-        for entry in entries(module)
-    }
+    tensors = {}
+    for entry in entries(module):
+        array = arrays[entry.path]
+        form = entry.torch_form(array.dtype)
+        tensors[entry.keys[0]] = Tensor(*form, lambda array=array, entry=entry: _convert(array, entry))
+    tied = {key: entry.keys[0] for entry in entries(module) for key in entry.keys[1:]}
+    return StateDict(tensors, tied)
 
 
-def from_torch(module: nnx.Module, path: Path, prefix: str = "", ignore: str = "") -> tuple[Tree, Tree]:
-    """Read the parameters and the buffers of a module from a safetensors file.
+def _convert(array: Any, entry: Entry) -> np.ndarray:
+    layer = np.asarray(array if entry.layer is None else array[entry.layer])
+    return contiguous(entry.layout.to_torch(layer))
+
+
+def from_torch(
+    module: nnx.Module, state: StateDict, prefix: str = "", ignore: str = ""
+) -> tuple[Tree, Tree]:
+    """Read the parameters and the buffers of a module from a state dict, one array at a time.
 
     Args:
         module: the module tree (shapes are enough).
-        path: the safetensors file.
-        prefix: what precedes the module's keys in the file.
-        ignore: a regular expression for keys of the file that may be left unread.
+        state: the state dict.
+        prefix: what precedes the module's keys in it.
+        ignore: a regular expression for keys that may be left unread.
 
     Raises:
-        InputError: listing all keys that are missing from the file, unknown to the module, or of another shape.
+        InputError: listing all keys that are missing from the state dict, unknown to the module, of another shape
+            or of a type that JAX does not compute with.
     """
-    params, buffers, problems = {}, {}, []
-    with _open_safetensors(path) as file:
-        unused = set(file.keys())
-        for entry in entries(module):
-            key = prefix + entry.key
-            if key not in unused:
-                problems.append(f"missing {key}")
-                continue
-            unused.remove(key)
-            value = np.ascontiguousarray(entry.layout.from_torch(file.get_tensor(key)))
-            shape = entry.variable.get_value().shape
-            if value.shape != shape:
-                wanted = entry.layout.to_torch(np.broadcast_to(0, shape)).shape
-                stored = tuple(file.get_slice(key).get_shape())
-                problems.append(f"{key} has shape {stored}, the policy needs {wanted}")
-                continue
-            (params if isinstance(entry.variable, nnx.Param) else buffers)[entry.path] = value
-    problems += [f"unknown {key}" for key in sorted(unused) if not (ignore and re.fullmatch(ignore, key))]
+    wanted = [entry._replace(keys=tuple(prefix + key for key in entry.keys)) for entry in entries(module)]
+    problems = [problem for entry in wanted for problem in _misfits(entry, state)]
+    known = {key for entry in wanted for key in entry.keys}
+    unknown = [key for key in sorted(state) if key not in known]
+    problems += [f"unknown {key}" for key in unknown if not (ignore and re.fullmatch(ignore, key))]
     if problems:
-        raise InputError(f"{path} does not fit the policy: {'; '.join(problems)}")
+        raise InputError(f"{state.source} does not fit the policy: {'; '.join(problems)}")
+
+    params, buffers = {}, {}
+    stored = [next(key for key in entry.keys if key in state) for entry in wanted]
+    arrays = (array for _, array in state.read_ahead(stored))
+    for path, group in itertools.groupby(wanted, lambda entry: entry.path):
+        whole = None
+        for entry in group:
+            value = entry.layout.from_torch(next(arrays))
+            if entry.layer is None:
+                whole = contiguous(value)
+                continue
+            if whole is None:
+                whole = empty_aligned(entry.variable.get_value().shape, value.dtype)
+            copy_blockwise(value, whole[entry.layer])
+        tree = params if isinstance(entry.variable, nnx.Param) else buffers
+        tree[path] = jnp.asarray(whole)
     return unflatten_dict(params), unflatten_dict(buffers)
 
 
-def save(state: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write a state dict as safetensors, marked as PyTorch's like `safetensors.torch.save_model` does."""
-    safetensors.numpy.save_file(dict(state), path, metadata={"format": "pt"})
+def _misfits(entry: Entry, state: StateDict) -> Iterator[str]:
+    """Say what is wrong with what is stored for an entry."""
+    stored = [key for key in entry.keys if key in state]
+    if not stored:
+        yield f"missing {entry.keys[0]}"
+    wanted_dtype = entry.variable.get_value().dtype
+    wanted_shape, _ = entry.torch_form(wanted_dtype)
+    is_floating = jnp.issubdtype(wanted_dtype, jnp.floating)
+    for key in stored:
+        shape, dtype, _ = state.tensors[key]
+        if shape != wanted_shape:
+            yield f"{key} has shape {shape}, the policy needs {wanted_shape}"
+        elif jnp.issubdtype(dtype, jnp.floating) != is_floating or (is_floating and dtype.itemsize > 4):
+            kind = "floating-point numbers of at most 32 bits" if is_floating else "whole numbers"
+            yield f"{key} has type {dtype}, the policy needs {kind}"
+        elif key != stored[0] and state[key].tobytes() != state[stored[0]].tobytes():
+            yield f"{key} differs from {stored[0]}, but the policy has one array for both"
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """Give the array in C order: itself, or a copy."""
+    if array.flags.c_contiguous:
+        return array
+    copy = empty_aligned(array.shape, array.dtype)
+    copy_blockwise(array, copy)
+    return copy
+
+
+def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy an array that may be transposed; numpy's own copy of a large transposed matrix is 2 to 4 times slower."""
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for i in range(0, source.shape[0], BLOCK):
+        for j in range(0, source.shape[1], BLOCK):
+            target[i : i + BLOCK, j : j + BLOCK] = source[i : i + BLOCK, j : j + BLOCK]
 
 
 def dotted_names(tree: Tree) -> Tree:
     """Give a tree of the same structure that holds each leaf's dotted name, as used in parameter groups."""
     return jax.tree_util.tree_map_with_path(lambda path, _: ".".join(str(entry.key) for entry in path), tree)
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: damaged or incomplete safetensors file ({error})") from None

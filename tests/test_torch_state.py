@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import torch_state
+from lerobot_jax import state_dict, torch_state
 from lerobot_jax.errors import InputError
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import load_policy
@@ -30,8 +30,8 @@ def test_weights_survive_a_round_trip_bit_for_bit(folder: Path, tmp_path: Path):
 def test_dtypes_are_kept(dtype: type, tmp_path: Path):
     policy = load_policy(FOLDERS[0])
     halved = jax.tree.map(lambda x: np.asarray(x).astype(dtype), (policy.params, policy.buffers))
-    torch_state.save(torch_state.to_torch(policy.module, *halved), tmp_path / "model.safetensors")
-    params, _ = torch_state.from_torch(policy.module, tmp_path / "model.safetensors")
+    state_dict.write(torch_state.to_torch(policy.module, *halved), tmp_path / "model.safetensors")
+    params, _ = torch_state.from_torch(policy.module, state_dict.read(tmp_path / "model.safetensors"))
     for expected, found in zip(jax.tree.leaves(halved[0]), jax.tree.leaves(params), strict=True):
         assert found.dtype == dtype
         np.testing.assert_array_equal(expected, found)
@@ -39,12 +39,12 @@ def test_dtypes_are_kept(dtype: type, tmp_path: Path):
 
 def test_all_misfits_are_listed_at_once(tmp_path: Path):
     policy = load_policy(FOLDERS[0])
-    state = torch_state.to_torch(policy.module, policy.params, policy.buffers)
+    state = dict(torch_state.to_torch(policy.module, policy.params, policy.buffers))
     state["surplus.weight"] = state.pop("model.action_head.weight")
     state["model.action_head.bias"] = state["model.action_head.bias"][:1]
-    torch_state.save(state, tmp_path / "model.safetensors")
+    state_dict.write(state, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as error:
-        torch_state.from_torch(policy.module, tmp_path / "model.safetensors")
+        torch_state.from_torch(policy.module, state_dict.read(tmp_path / "model.safetensors"))
     for part in (
         "missing model.action_head.weight",
         "model.action_head.bias has shape (1,)",
@@ -57,10 +57,10 @@ def test_damaged_files_are_reported(tmp_path: Path):
     policy = load_policy(FOLDERS[0])
     path = tmp_path / "model.safetensors"
     with pytest.raises(InputError, match=r"model.safetensors: no such file"):
-        torch_state.from_torch(policy.module, path)
+        torch_state.from_torch(policy.module, state_dict.read(path))
     path.write_bytes((FOLDERS[0] / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(InputError, match=r"model.safetensors: damaged or incomplete"):
-        torch_state.from_torch(policy.module, path)
+        torch_state.from_torch(policy.module, state_dict.read(path))
 
 
 def test_backbone_weights_with_torchvisions_names(tmp_path: Path):
@@ -70,7 +70,7 @@ def test_backbone_weights_with_torchvisions_names(tmp_path: Path):
     prefix = "model.backbone."
     weights = {k.removeprefix(prefix): v + 1 for k, v in state.items() if k.startswith(prefix)}
     weights |= {"fc.weight": np.zeros((4, 32), np.float32), "bn1.num_batches_tracked": np.array(0)}
-    torch_state.save(weights, tmp_path / "resnet.safetensors")
+    state_dict.write(weights, tmp_path / "resnet.safetensors")
     config = dataclasses.replace(
         source.config, pretrained_backbone_weights=str(tmp_path / "resnet.safetensors")
     )
@@ -80,7 +80,7 @@ def test_backbone_weights_with_torchvisions_names(tmp_path: Path):
     for key in weights.keys() - {"fc.weight", "bn1.num_batches_tracked"}:
         np.testing.assert_array_equal(loaded[prefix + key], weights[key])
     assert config.exported().pretrained_backbone_weights is None
-    torch_state.save(weights | {"layer9.weight": np.zeros(1)}, tmp_path / "resnet.safetensors")
+    state_dict.write(weights | {"layer9.weight": np.zeros(1)}, tmp_path / "resnet.safetensors")
     with pytest.raises(InputError, match=r"unknown layer9\.weight"):
         base.load_pretrained_parts(policy, params, buffers)
     missing = dataclasses.replace(config, pretrained_backbone_weights="ResNet18_Weights.IMAGENET1K_V1")

@@ -19,17 +19,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lerobot_jax import hub, processors, rollout, torch_state
+from lerobot_jax import certificate, hub, processors, rollout, state_dict, torch_state
+from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION
+from lerobot_jax.features import ACTION, OBS_STATE, TASK, NormalizationMode
 from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
+from lerobot_jax.state_dict import MODEL_NAME
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 Tree = dict[str, Any]
-
-MODEL_NAME = "model.safetensors"
 
 
 class PretrainedPart(NamedTuple):
@@ -60,6 +60,10 @@ class Policy(nnx.Module):
     ) -> Float[Array, "b chunk act"]:
         """Give a chunk of normalized actions for normalized observations."""
         raise NotImplementedError
+
+    def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
+        """Give the random tensors that `sample_actions` draws from `key`; a policy without any has none."""
+        return {}
 
     @classmethod
     def pretrained_parts(cls, config: Any) -> list[PretrainedPart]:
@@ -107,11 +111,21 @@ class FunctionalPolicy:
         module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
         return module.sample_actions(batch, key=key, **draws)
 
+    def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
+        """Give the random tensors that `sample_actions` draws from `key`, by their names."""
+        return self.module.sampling_draws(batch_size, key)
+
+    def tokenize(self, batch: Batch) -> Batch:
+        """Replace texts in a raw batch by what the policy's tokenizer makes of them; on the host, before jit."""
+        return self.preprocessor.tokenize(batch)
+
     def preprocess(self, batch: Batch) -> Batch:
-        """Turn raw observations (and actions) into what the policy takes; works inside jit.
+        """Turn raw observations (and actions) into what the policy takes; works inside jit if there is no text.
 
         Images are uint8, or float in 0..1; channel-last, or channel-first as stock LeRobot has them.
         """
+        if TASK in batch:
+            batch = self.tokenize(batch)
         features = self.config.image_features
         renamed = self.preprocessor.rename_map
         images = {
@@ -121,9 +135,16 @@ class FunctionalPolicy:
         }
         return self.preprocessor({**batch, **images})
 
-    def postprocess(self, actions: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Turn the policy's actions into the robot's or environment's units; works inside jit."""
-        return self.postprocessor({ACTION: actions})[ACTION]
+    def postprocess(
+        self, actions: Float[Array, "..."], observation: Batch | None = None
+    ) -> Float[Array, "..."]:
+        """Turn the policy's actions into the robot's or environment's units; works inside jit.
+
+        A policy of relative actions adds them to the state in the raw `observation`, and needs it.
+        """
+        renamed = self.preprocessor.rename_map
+        state = {OBS_STATE: v for k, v in (observation or {}).items() if renamed.get(k, k) == OBS_STATE}
+        return self.postprocessor({ACTION: actions, **state})[ACTION]
 
     def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
         """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
@@ -133,17 +154,25 @@ class FunctionalPolicy:
         return dataclasses.replace(self, **changes)
 
     @property
-    def module(self) -> nnx.Module:
+    def module(self) -> Policy:
         """The module tree with shapes instead of arrays."""
         return nnx.eval_shape(lambda: policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=0)))
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the folder that stock LeRobot loads: config.json, model.safetensors, processors."""
+    def save_pretrained(self, folder: Path, certified: Mapping[str, np.ndarray] | None = None) -> None:
+        """Write the folder that stock LeRobot loads: config.json, model.safetensors, processors; and a certificate.
+
+        Args:
+            folder: where to.
+            certified: what a `certificate.Certifier` gave for these weights, if that is known already.
+        """
+        if certified is None:
+            certified = Certifier(self).act(self.params, self.buffers)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.exported().save(folder)
-        torch_state.save(torch_state.to_torch(self.module, self.params, self.buffers), folder / MODEL_NAME)
+        state_dict.write(torch_state.to_torch(self.module, self.params, self.buffers), folder / MODEL_NAME)
         self.preprocessor.save(folder)
         self.postprocessor.save(folder)
+        certificate.write(folder, certified)
 
 
 def make_policy(
@@ -179,11 +208,11 @@ def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree)
         module: Any = policy.module
         for name in part.path:
             module = getattr(module, name)
-        loaded = torch_state.from_torch(module, source, ignore=part.ignore)
+        loaded = torch_state.from_torch(module, state_dict.read(source), ignore=part.ignore)
         for tree, new in zip((params, buffers), loaded, strict=True):
             for name in part.path[:-1]:
                 tree = tree[name]
-            tree[part.path[-1]] = jax.tree.map(jnp.asarray, new)
+            tree[part.path[-1]] = new
     return params, buffers
 
 
@@ -198,16 +227,20 @@ def load_policy(
         config: settings to use instead of config.json's.
 
     Raises:
-        InputError: naming what is missing or does not fit.
+        InputError: naming what is missing, does not fit, or is not what its certificate says.
     """
     folder = find_policy(path, revision)
-    config = config or load_config(folder)
+    saved_config = load_config(folder)
+    certificate.check_files(folder)
+    config = config or saved_config
     pre, post = processors.load_pipelines(folder)
+    _check_normalized(config, pre, post, folder)
     policy = FunctionalPolicy(config, _graphdef(config), pre, post)
-    params, buffers = torch_state.from_torch(policy.module, folder / MODEL_NAME)
-    return policy.replace(
-        params=jax.tree.map(jnp.asarray, params), buffers=jax.tree.map(jnp.asarray, buffers)
-    )
+    params, buffers = torch_state.from_torch(policy.module, state_dict.read(folder))
+    policy = policy.replace(params=params, buffers=buffers)
+    if config == saved_config:
+        certificate.check_actions(policy, folder)
+    return policy
 
 
 def find_policy(path: str | Path, revision: str | None = None) -> Path:
@@ -225,6 +258,29 @@ def load_config(folder: Path) -> PolicyConfig:
     """Read a policy folder's config.json into the settings class of its type."""
     data = read_config(folder)
     return config_class(data["type"]).from_dict(data, str(folder / CONFIG_NAME))
+
+
+def _check_normalized(
+    config: PolicyConfig, pre: processors.Pipeline, post: processors.Pipeline, folder: Path
+) -> None:
+    """Raise `InputError` if the config declares a feature that the processors would leave unnormalized."""
+    for pipeline, features in (
+        (pre, {**config.input_features, **config.output_features}),
+        (post, config.output_features),
+    ):
+        known = {
+            key
+            for step in pipeline.steps
+            if isinstance(step, processors.Normalizer | processors.Unnormalizer)
+            for key in step.features
+        }
+        for key, feature in features.items():
+            mode = config.normalization_mapping.get(feature.type, NormalizationMode.IDENTITY)
+            if mode != NormalizationMode.IDENTITY and key not in known:
+                raise InputError(
+                    f"{folder / CONFIG_NAME} declares '{key}' (normalized with {mode}), but {pipeline.name}.json "
+                    "has no statistics for it"
+                )
 
 
 def policy_class(name: str) -> type[Policy]:
