@@ -87,15 +87,21 @@ def make_observations(policy: "FunctionalPolicy") -> dict[str, Any]:
     return observations
 
 
-def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the certificate of the files in a folder, with what `Certifier.act` gave for their weights."""
+def write(folder: Path, arrays: Mapping[str, np.ndarray], path: Path | None = None) -> None:
+    """Write the certificate of the files in a folder.
+
+    Args:
+        folder: the policy's folder.
+        arrays: what `Certifier.act` gave for its weights.
+        path: where to, by default into the folder.
+    """
     contents = {
         "settings": {name: read_json(folder / name) for name in JSON_FILES},
         "digests": _digests(folder),
         "task": TASKS,
     }
     metadata = {"certificate": "1"} | {key: json.dumps(value) for key, value in contents.items()}
-    state_dict.write(StateDict.of(arrays, metadata), folder / CERTIFICATE_NAME)
+    state_dict.write(StateDict.of(arrays, metadata), path or folder / CERTIFICATE_NAME)
 
 
 def check_files(folder: Path) -> None:
@@ -109,7 +115,7 @@ def check_files(folder: Path) -> None:
     certificate = _read(folder)
     changes = []
     for name, before in json.loads(certificate.metadata["settings"]).items():
-        changes += [f"{name}: {change}" for change in _setting_changes(before, read_json(folder / name))]
+        changes += [f"{name}: {change}" for change in setting_changes(before, read_json(folder / name))]
     before, after = json.loads(certificate.metadata["digests"]), _digests(folder)
     for name in sorted(before | after):
         kind = "weight" if name == state_dict.MODEL_NAME else "statistic"
@@ -122,7 +128,8 @@ def check_files(folder: Path) -> None:
         more = f"; and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
         raise InputError(
             f"{folder} is not what was certified when it was saved: {'; '.join(changes[:_MAX_NAMED])}{more}. Put "
-            f"back what was saved, or, if this is what you want, run `python -m lerobot_jax.convert certify {folder}`"
+            "back what was saved, or, if this is what you want, run "
+            f"`python -m lerobot_jax.convert certify {folder}`"
         )
 
 
@@ -136,7 +143,7 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
         return
     certificate = _read(folder)
     action, tolerance = certificate["action"], certificate["tolerance"]
-    found = recompute(policy, certificate)
+    found = compute(policy, certificate)["action"]
     excess = np.abs(found - action) / tolerance
     if not (excess <= 1).all():  # also when it is not a number
         worst = np.unravel_index(np.argmax(np.nan_to_num(excess, nan=np.inf)), excess.shape)
@@ -148,19 +155,30 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
         )
 
 
-def recompute(policy: "FunctionalPolicy", certificate: StateDict) -> np.ndarray:
-    """Give the policy's actions for the observations and the noise of a certificate."""
+def compute(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, np.ndarray]:
+    """Run a policy on the observations and the noise of a certificate.
+
+    Returns:
+        `preprocessed/<key>`, what the policy itself sees of each input, and `action` in the robot's units.
+    """
     observations, noise = (
         {k.removeprefix(prefix): certificate[k] for k in certificate if k.startswith(prefix)}
         for prefix in ("observation/", "noise/")
     )
     if policy.preprocessor.has_text:
         observations[TASK] = json.loads(certificate.metadata["task"])
+    inputs = policy.tokenize(observations)
+    seen = jax.jit(policy.preprocess)(inputs)
     act = jax.jit(functools.partial(_act, policy))
-    return np.asarray(act(policy.params, policy.buffers, policy.tokenize(observations), noise, 0.0))
+    return {
+        **{f"preprocessed/{key}": np.asarray(seen[key]) for key in policy.config.input_features},
+        "action": np.asarray(act(policy.params, policy.buffers, inputs, noise, 0.0)),
+    }
 
 
-def _act(policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any, relative: Any) -> Any:
+def _act(
+    policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any, relative: Any
+) -> Any:
     """Give actions in the robot's units after moving every weight by `relative` rounding errors, up or down."""
     params = jax.tree.map(lambda x: _move(x, relative, policy.config.dtype), params)
     with jax.default_matmul_precision("highest"):  # the same numbers on a GPU, a TPU and a CPU
@@ -196,7 +214,8 @@ def _read(folder: Path) -> StateDict:
     certificate = state_dict.read(folder / CERTIFICATE_NAME)
     if certificate.metadata.get("certificate") != "1":
         raise InputError(
-            f"{folder / CERTIFICATE_NAME}: not a certificate, or one of a newer lerobot_jax; remove it to load without"
+            f"{folder / CERTIFICATE_NAME}: not a certificate, or one of a newer lerobot_jax; remove it to load "
+            "the policy without"
         )
     return certificate
 
@@ -218,13 +237,13 @@ def _digest(array: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def _setting_changes(before: Any, after: Any, name: str = "") -> Iterator[str]:
+def setting_changes(before: Any, after: Any, name: str = "") -> Iterator[str]:
     """Say which values in a JSON file are others than before."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before | after):
-            yield from _setting_changes(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+            yield from setting_changes(before.get(key), after.get(key), f"{name}.{key}" if name else key)
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
-            yield from _setting_changes(old, new, f"{name}.{i}")
+            yield from setting_changes(old, new, f"{name}.{i}")
     elif before != after and not _FREE.fullmatch(name):
         yield f"'{name}' is {json.dumps(after)}, was {json.dumps(before)}"

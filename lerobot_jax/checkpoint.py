@@ -28,6 +28,7 @@ from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.policies.config import CONFIG_NAME
 
 Tree = dict[str, Any]
 
@@ -104,6 +105,38 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(name) for name in names)
 
 
+def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
+    """Find the policy's folder in a run's folder, a checkpoint's (or its training_state), or in its own.
+
+    Args:
+        folder: where to look.
+        step: which checkpoint of a run, by default the last.
+
+    Raises:
+        InputError: saying what the folder lacks, or which steps there are.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / CHECKPOINTS).is_dir():
+        steps = saved_steps(folder)
+        if not steps or (step is not None and step not in steps):
+            wanted = "checkpoint" if step is None else f"checkpoint {step}"
+            there = f"only {', '.join(map(str, steps))}" if steps else "none"
+            raise InputError(f"{folder / CHECKPOINTS}: no {wanted}, there is {there}")
+        folder = folder / CHECKPOINTS / f"{steps[-1] if step is None else step:06d}"
+    elif step is not None:
+        raise InputError(f"{folder}: a step chooses among a run's checkpoints, and this is no run's folder")
+    if folder.name == TRAINING_STATE:
+        folder = folder.parent
+    if (folder / PRETRAINED_MODEL).is_dir():
+        folder = folder / PRETRAINED_MODEL
+    if not (folder / CONFIG_NAME).exists():
+        raise InputError(
+            f"{folder} has no {CONFIG_NAME}: give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
+        )
+    return folder
+
+
 class CheckpointWriter:
     """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
 
@@ -134,7 +167,9 @@ class CheckpointWriter:
         certified = self._certifier.act(**weights)
         # Copied, not viewed: the next step reuses the memory of these arrays.
         weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
-        self._thread = threading.Thread(target=self._finish, args=(partial, name, weights, certified, is_best))
+        self._thread = threading.Thread(
+            target=self._finish, args=(partial, name, weights, certified, is_best)
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -207,11 +242,48 @@ def restore(run_dir: Path, step: int, target: Tree) -> Tree:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{path}: the checkpoint is damaged or incomplete ({type(error).__name__}: {reason}); remove "
+            f"{path}: the checkpoint is damaged or incomplete ({_shortened(error)}); remove "
             f"{path.parent} to resume from the one before"
         ) from None
+
+
+def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -> FunctionalPolicy:
+    """Read the weights from a checkpoint's training_state, without the optimizer's state.
+
+    Args:
+        policy: the policy without arrays.
+        folder: the training_state folder.
+        which: "ema", "raw", or None for the averaged weights if there are any.
+
+    Raises:
+        InputError: naming the folder if it is damaged, does not fit, or has no averaged weights.
+    """
+    params, buffers = jax.eval_shape(policy.init, jax.random.key(0))
+    target: Tree = {"params": params, "buffers": buffers}
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            has_ema = "ema" in checkpointer.metadata(folder.resolve()).item_metadata.tree
+            if which == "ema" and not has_ema:
+                raise InputError(
+                    f"{folder} has no averaged weights: the run had no ema_decay; use --weights=raw"
+                )
+            is_averaged = has_ema and which != "raw"
+            target = {"ema": target} if is_averaged else target
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+            restored = checkpointer.restore(
+                folder.resolve(),
+                args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
+            )
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise InputError(f"{folder}: damaged, or not of this policy ({_shortened(error)})") from None
+    return policy.replace(**(restored["ema"] if is_averaged else restored))
+
+
+def _shortened(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:

@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -63,7 +62,10 @@ class StateDict(Mapping[str, np.ndarray]):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, source: str = ""
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        source: str = "the state dict",
     ):
         self.tensors, self.metadata, self.source = dict(tensors), dict(metadata or {}), source
 
@@ -84,17 +86,7 @@ class StateDict(Mapping[str, np.ndarray]):
 
     def renamed(self, names: Mapping[str, str]) -> "StateDict":
         """Give the part with the old names of `names`, under the new ones."""
-        return StateDict(
-            {new: self.tensors[old] for old, new in names.items()}, self.metadata, self.source
-        )
-
-    def cast(self, dtype: np.dtype) -> "StateDict":
-        """Give the same with every floating-point array rounded to `dtype`."""
-        return StateDict(
-            {key: _cast_tensor(tensor, dtype) for key, tensor in self.tensors.items()},
-            self.metadata,
-            self.source,
-        )
+        return StateDict({new: self.tensors[old] for old, new in names.items()}, self.metadata, self.source)
 
     def read_ahead(self, keys: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Give (key, array) in the order of `keys`, preparing the next few arrays in threads meanwhile."""
@@ -119,7 +111,9 @@ def read(path: Path) -> StateDict:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix in PICKLE_SUFFIXES:
-        raise InputError(f"{path} is a pickle, which can run code when it is opened; give safetensors instead")
+        raise InputError(
+            f"{path} is a pickle, which can run code when it is opened; give safetensors instead"
+        )
     return _read_file(path)
 
 
@@ -228,12 +222,6 @@ def _load(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> n
 
 def _bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _cast_tensor(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return tensor
-    return Tensor(tensor.shape, dtype, lambda: tensor.read().astype(dtype))
 
 
 def _is_pickle(path: Path) -> bool:

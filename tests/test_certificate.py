@@ -16,7 +16,7 @@ from tests.goldens import ROOT
 
 @pytest.fixture(scope="module")
 def policy() -> FunctionalPolicy:
-    return load_policy(ROOT / "act/vae_2cam_s0/model")
+    return load_policy(ROOT / "act/vae_minmax_s0/model")
 
 
 @pytest.fixture

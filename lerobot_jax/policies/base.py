@@ -6,9 +6,10 @@ eval.py and tests jit, shard and differentiate.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
-import importlib.util
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lerobot_jax import certificate, hub, processors, rollout, state_dict, torch_state
+from lerobot_jax import certificate, hub, migration, processors, rollout, state_dict, torch_state
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, NormalizationMode
 from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
-from lerobot_jax.state_dict import MODEL_NAME
+from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -143,7 +144,8 @@ class FunctionalPolicy:
         A policy of relative actions adds them to the state in the raw `observation`, and needs it.
         """
         renamed = self.preprocessor.rename_map
-        state = {OBS_STATE: v for k, v in (observation or {}).items() if renamed.get(k, k) == OBS_STATE}
+        inside = {renamed.get(key, key): value for key, value in (observation or {}).items()}
+        state = {key: inside[key] for key in (OBS_STATE,) if key in inside}
         return self.postprocessor({ACTION: actions, **state})[ACTION]
 
     def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
@@ -221,6 +223,8 @@ def load_policy(
 ) -> FunctionalPolicy:
     """Load a policy from a LeRobot folder (config.json, model.safetensors, processors) or from the Hub.
 
+    A policy from before LeRobot's processors, with its normalization among the weights, is migrated as it is read.
+
     Args:
         path: the folder, or a name on the Hub.
         revision: branch, tag or commit on the Hub.
@@ -232,15 +236,26 @@ def load_policy(
     folder = find_policy(path, revision)
     saved_config = load_config(folder)
     certificate.check_files(folder)
-    config = config or saved_config
-    pre, post = processors.load_pipelines(folder)
-    _check_normalized(config, pre, post, folder)
-    policy = FunctionalPolicy(config, _graphdef(config), pre, post)
-    params, buffers = torch_state.from_torch(policy.module, state_dict.read(folder))
+    policy, weights = _read_folder(folder, config or saved_config)
+    params, buffers = torch_state.from_torch(policy.module, weights)
     policy = policy.replace(params=params, buffers=buffers)
-    if config == saved_config:
+    if config is None or config == saved_config:
         certificate.check_actions(policy, folder)
     return policy
+
+
+def load_structure(folder: Path) -> FunctionalPolicy:
+    """Load a policy's settings and processors from its folder, without its arrays."""
+    return _read_folder(folder, load_config(folder))[0]
+
+
+def _read_folder(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, StateDict]:
+    if migration.is_old(folder):
+        config, pre, post, weights = migration.migrate(folder, config)
+    else:
+        (pre, post), weights = processors.load_pipelines(folder), state_dict.read(folder)
+    _check_normalized(config, pre, post, folder)
+    return FunctionalPolicy(config, _graphdef(config), pre, post), weights
 
 
 def find_policy(path: str | Path, revision: str | None = None) -> Path:
@@ -293,22 +308,38 @@ def config_class(name: str) -> type[PolicyConfig]:
     return _policy_module(name).Config
 
 
+@functools.cache
 def _policy_module(name: str) -> Any:
-    """Import `lerobot_jax.policies.<name>`, or `name` itself if dotted, or a plugin `lerobot_policy_<name>`."""
+    """Import the package of a policy type: `lerobot_jax.policies.<name>`, `name` itself if dotted, or a plugin.
+
+    A plugin is an installed distribution `lerobot_policy_*` whose package offers `Config` and `Policy`. Plugins of
+    stock LeRobot have the same prefix, so one that is none of ours, or cannot be imported here, is passed over.
+
+    Raises:
+        InputError: telling which policies there are, and what each plugin is instead.
+    """
     if "." in name:
         return importlib.import_module(name)
-    module_name = f"lerobot_jax.policies.{name}"
-    if name.isidentifier() and importlib.util.find_spec(module_name):
-        module = importlib.import_module(module_name)
-        if hasattr(module, "Policy"):
-            return module
-    for distribution in importlib.metadata.distributions():
-        plugin = distribution.metadata["Name"].replace("-", "_")
-        if plugin.startswith("lerobot_policy_"):
+    builtin = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]
+    if name in builtin:
+        return importlib.import_module(f"lerobot_jax.policies.{name}")
+    others = []
+    names = {str(d.metadata["Name"]).replace("-", "_") for d in importlib.metadata.distributions()}
+    plugins = {plugin for plugin in names if plugin.startswith("lerobot_policy_")}
+    for plugin in sorted(plugins, key=lambda plugin: (plugin != f"lerobot_policy_{name}", plugin)):
+        try:
             module = importlib.import_module(plugin)
-            if hasattr(module, "Config") and module.Config.type == name:
-                return module
-    raise InputError(f"no policy of type '{name}'")
+        except Exception as error:
+            others.append(f"{plugin} cannot be imported ({type(error).__name__}: {error})")
+            continue
+        if not hasattr(module, "Config") or not hasattr(module, "Policy"):
+            others.append(f"{plugin} has no Config and Policy")
+        elif (kind := getattr(module.Config, "type", None)) == name:
+            return module
+        else:
+            others.append(f"{plugin} is of type '{kind}'")
+    known = f"lerobot_jax has {', '.join(builtin)}; of the installed plugins, "
+    raise InputError(f"no policy of type '{name}': {known}{'; '.join(others) or 'there is none'}")
 
 
 def _graphdef(config: PolicyConfig) -> Any:

@@ -109,6 +109,9 @@ def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: Functi
     )
     np.testing.assert_array_equal(*actions)
     assert np.isfinite(actions[0]).all()
+    draws = policy.sampling_draws(3, jax.random.key(2))
+    given = sample(policy.params, policy.buffers, observation, jax.random.key(3), **draws)
+    np.testing.assert_allclose(given, actions[0], rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_computes_nearly_the_same(policy: FunctionalPolicy):

@@ -1,0 +1,55 @@
+"""What stock LeRobot computes for a policy's folder; run by the Python of its own environment, not imported here.
+
+    PYTHON stock_lerobot.py FOLDER CERTIFICATE OUT
+
+CERTIFICATE is a safetensors file with raw observations and noise. Writes the safetensors file OUT:
+`preprocessed/<key>`, `chunk` (normalized actions) and `action` (in the robot's units). Weights are loaded strictly:
+a missing or a left-over key is an error.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def main(folder: str, certificate: str, out: str) -> None:
+    with safe_open(certificate, framework="pt") as file:
+        given = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.device = "cpu"
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+    preprocess, postprocess = make_pre_post_processors(
+        policy.config,
+        pretrained_path=folder,
+        preprocessor_overrides={"device_processor": {"device": "cpu"}},
+    )
+    observation = {
+        key.removeprefix("observation/"): to_lerobot(value)
+        for key, value in given.items()
+        if key.startswith("observation/")
+    }
+    if "task" in metadata:
+        observation["task"] = json.loads(metadata["task"])
+    noise = {key.removeprefix("noise/"): value for key, value in given.items() if key.startswith("noise/")}
+    batch = preprocess(observation)
+    with torch.inference_mode():
+        chunk = policy.predict_action_chunk(batch, **noise)
+    found = {f"preprocessed/{key}": batch[key] for key in config.input_features}
+    found |= {"chunk": chunk, "action": postprocess(chunk)}
+    save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, Path(out))
+
+
+def to_lerobot(value: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 channel-last images into LeRobot's: float in 0..1, channel-first."""
+    return value.movedim(-1, -3).float() / 255 if value.dtype == torch.uint8 else value
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
