@@ -55,6 +55,11 @@ FREE_ON_RESUME = (
     "save_freq",
     "keep_last",
     "best_metric",
+    "policy.push_to_hub",
+    "policy.repo_id",
+    "policy.private",
+    "policy.tags",
+    "policy.license",
 )
 
 

@@ -279,7 +279,13 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
     for path in option_values(argv, "--config.policy.pretrained_path"):
         revision = next(iter(option_values(argv, "--config.policy.pretrained_revision")), None)
         policy = base.load_config(base.find_policy(path, revision))
-        config = dataclasses.replace(config, policy=dataclasses.replace(policy, pretrained_path=path))
+        # Where the result is published is this run's business, not that of the policy it starts from.
+        own = {
+            name: getattr(config.policy, name)
+            for name in ("push_to_hub", "repo_id", "private", "tags", "license")
+        }
+        policy = dataclasses.replace(policy, pretrained_path=path, **own)
+        config = dataclasses.replace(config, policy=policy)
     overrides = list(argv)
     if recipe is not None:
         overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]

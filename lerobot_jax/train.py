@@ -36,6 +36,7 @@ from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.progress import progress_bar
+from lerobot_jax.push_to_hub import check_before_training, push_to_hub
 from lerobot_jax.visualize import plot_curves
 
 Tree = dict[str, Any]
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     # Everything that can be wrong with the input is checked before the run's folder is made.
     config = checkpoint.open_run(load_config(argv))
+    if config.policy.push_to_hub:
+        check_before_training(config)
     dataset = open_dataset(config)
     if dataset.revision is not None:  # from the Hub: the run keeps to this commit
         pinned = dataclasses.replace(config.dataset, revision=dataset.revision)
@@ -200,6 +203,14 @@ def main(argv: Sequence[str]) -> None:
         logging.info("stopped at step %d; continue with --config.resume=True", step)
         sys.exit(128 + stop.signal)
     logging.info("done: the policy is in %s, the curves are in %s", last, config.run_dir / "curves.png")
+    if config.policy.push_to_hub:
+        repo_id, private = config.policy.repo_id, config.policy.private
+        assert repo_id is not None
+        logging.info(
+            "uploading it, as does python -m lerobot_jax.push_to_hub %s --repo_id=%s", config.run_dir, repo_id
+        )
+        url = push_to_hub(config.run_dir, repo_id, private=private, dataset=dataset.meta)
+        logging.info("Model pushed to %s", url)
 
 
 def open_dataset(config: TrainConfig) -> LeRobotDataset:

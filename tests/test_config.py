@@ -126,7 +126,7 @@ def test_lerobots_config_files_survive_a_round_trip(path: Path):
 
 def test_unknown_policy_fields_are_reported():
     data = ACTConfig.tiny().to_dict() | {"chunk_sise": 3}
-    with pytest.raises(InputError, match=r"unknown field 'chunk_sise' .* nearest known is 'chunk_size'"):
+    with pytest.raises(InputError, match=r"unknown setting 'chunk_sise'.*nearest known is 'chunk_size'"):
         ACTConfig.from_dict(data, "config.json")
     with pytest.raises(InputError, match="no policy of type 'dance'"):
         config_class("dance")

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,29 +273,35 @@ def find_policy(path: str | Path, revision: str | None = None) -> Path:
 def load_config(folder: Path) -> PolicyConfig:
     """Read a policy folder's config.json into the settings class of its type."""
     data = read_config(folder)
-    return config_class(data["type"]).from_dict(data, str(folder / CONFIG_NAME))
+    name, path = data["type"], folder / CONFIG_NAME
+    if "." in name and name not in sys.modules:
+        raise InputError(
+            f"{path}: type '{name}' is not imported because a checkpoint must not decide which code runs; import "
+            "it first, or install it as a plugin"
+        )
+    return config_class(name).from_dict(data, str(path))
 
 
 def _check_normalized(
     config: PolicyConfig, pre: processors.Pipeline, post: processors.Pipeline, folder: Path
 ) -> None:
-    """Raise `InputError` if the config declares a feature that the processors would leave unnormalized."""
-    for pipeline, features in (
-        (pre, {**config.input_features, **config.output_features}),
-        (post, config.output_features),
-    ):
-        known = {
-            key
-            for step in pipeline.steps
-            if isinstance(step, processors.Normalizer | processors.Unnormalizer)
-            for key in step.features
-        }
+    """Raise `InputError` if there is a feature that the processors would leave unnormalized."""
+    inputs = {**config.input_features, **config.output_features}
+    for pipeline, features in ((pre, inputs), (post, config.output_features)):
+        path, known = folder / f"{pipeline.name}.json", set()
+        for step in pipeline.steps:
+            if isinstance(step, processors.Normalizer | processors.Unnormalizer):
+                known |= step.features.keys()
+                try:
+                    step.check_statistics()
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from None
         for key, feature in features.items():
             mode = config.normalization_mapping.get(feature.type, NormalizationMode.IDENTITY)
             if mode != NormalizationMode.IDENTITY and key not in known:
                 raise InputError(
-                    f"{folder / CONFIG_NAME} declares '{key}' (normalized with {mode}), but {pipeline.name}.json "
-                    "has no statistics for it"
+                    f"{folder / CONFIG_NAME} declares '{key}' (normalized with {mode}), but {path.name} has no "
+                    "statistics for it"
                 )
 
 

@@ -5,8 +5,8 @@ Mirrors `lerobot.configs.policies.PreTrainedConfig`: the same fields under the s
 
 import abc
 import dataclasses
-import difflib
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.settings import check_settings
 
 CONFIG_NAME = "config.json"
 
@@ -49,15 +50,15 @@ class PolicyConfig(abc.ABC):
     use_peft: bool = False
     """Whether the weights are PEFT adapters. Not supported."""
     push_to_hub: bool = False
-    """Whether stock LeRobot uploads the policy after training."""
+    """Upload the last checkpoint to repo_id on the Hub after training; stock LeRobot does so by default."""
     repo_id: str | None = None
-    """Name of the policy on the Hub."""
+    """Name of the policy on the Hub, USER/NAME."""
     private: bool | None = None
-    """Whether its repository on the Hub is private."""
+    """Whether a new repository there is private; None: as the account's settings say."""
     tags: tuple[str, ...] | None = None
-    """Tags of the policy on the Hub."""
+    """More tags for its page on the Hub."""
     license: str | None = None
-    """License of the policy on the Hub."""
+    """Its license, for its page on the Hub, e.g. apache-2.0; None: none is stated."""
     pretrained_path: str | None = None
     """Start from this policy: a folder, or a name on the Hub."""
     pretrained_revision: str | None = None
@@ -153,20 +154,14 @@ class PolicyConfig(abc.ABC):
         Raises:
             InputError: naming a field that this policy does not have, or a value that cannot be.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        values = {}
-        for name, value in data.items():
-            if name == "type":
-                continue
-            if name not in fields:
-                close = difflib.get_close_matches(name, fields, 1)
-                hint = f"; the nearest known is '{close[0]}'" if close else ""
-                raise InputError(f"{where}: unknown field '{name}' for a policy of type {cls.type}{hint}")
-            values[name] = _from_json(name, value)
+        hints = typing.get_type_hints(cls)
+        types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
         try:
+            values = {name: _from_json(name, value) for name, value in data.items() if name != "type"}
+            check_settings(values, types)
             return cls(**values)
         except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{where}, a policy of type {cls.type}: {error}") from None
 
     def save(self, folder: Path) -> None:
         write_json(self.to_dict(), folder / CONFIG_NAME)
@@ -176,8 +171,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read a policy folder's config.json."""
     path = folder / CONFIG_NAME
     data = read_json(path)
-    if "type" not in data:
-        raise InputError(f"{path}: lacks the field 'type'")
+    if not isinstance(data, dict) or not isinstance(data.get("type"), str):
+        raise InputError(f"{path}: must be an object with a text 'type', such as \"act\"")
     return data
 
 
@@ -197,10 +192,13 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(name: str, value: Any) -> Any:
-    if name in ("input_features", "output_features"):
-        return {key: PolicyFeature.from_dict(feature) for key, feature in (value or {}).items()}
-    if name == "normalization_mapping":
-        return {kind: NormalizationMode(mode) for kind, mode in value.items()}
+    kinds = {"input_features": PolicyFeature.from_dict, "output_features": PolicyFeature.from_dict}
+    kind = {**kinds, "normalization_mapping": NormalizationMode}.get(name)
+    if kind is not None:
+        try:
+            return {key: kind(item) for key, item in (value or {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} is {value!r}: {error}") from None
     if isinstance(value, list):
         return tuple(_from_json("", item) for item in value)
     return value

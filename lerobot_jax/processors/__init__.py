@@ -1,6 +1,7 @@
-"""LeRobot's pre- and post-processor pipelines: the JSON format, and each step as a pure function of a batch."""
+"""LeRobot's pre- and post-processor pipelines: the JSON format, and each step as a function of a batch."""
 
-from lerobot_jax.processors.normalize import Normalizer, Unnormalizer
+from lerobot_jax.processors.fast import ACTION_TOKEN_MASK, ACTION_TOKENS, FastTokenizer, TokenizeActions
+from lerobot_jax.processors.normalize import Normalizer, Unnormalizer, make_normalizers
 from lerobot_jax.processors.pipeline import (
     POSTPROCESSOR_NAME,
     PREPROCESSOR_NAME,
@@ -8,13 +9,41 @@ from lerobot_jax.processors.pipeline import (
     default_pipelines,
     load_pipelines,
 )
+from lerobot_jax.processors.relative import AbsoluteActions, RelativeActions
+from lerobot_jax.processors.steps import AddBatchDimension, Device, RenameObservations
+from lerobot_jax.processors.text import (
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    Pi0FastStatePrompt,
+    Pi0NewLine,
+    Pi05StatePrompt,
+    SmolVLANewLine,
+    TokenizeTask,
+)
 
 __all__ = [
+    "ACTION_TOKENS",
+    "ACTION_TOKEN_MASK",
+    "OBS_LANGUAGE_ATTENTION_MASK",
+    "OBS_LANGUAGE_TOKENS",
     "POSTPROCESSOR_NAME",
     "PREPROCESSOR_NAME",
+    "AbsoluteActions",
+    "AddBatchDimension",
+    "Device",
+    "FastTokenizer",
     "Normalizer",
+    "Pi0FastStatePrompt",
+    "Pi0NewLine",
+    "Pi05StatePrompt",
     "Pipeline",
+    "RelativeActions",
+    "RenameObservations",
+    "SmolVLANewLine",
+    "TokenizeActions",
+    "TokenizeTask",
     "Unnormalizer",
     "default_pipelines",
     "load_pipelines",
+    "make_normalizers",
 ]

@@ -5,16 +5,19 @@ error that names the feature.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, FeatureType, NormalizationMode, PolicyFeature
-from lerobot_jax.processors.steps import Batch, State, Step
+from lerobot_jax.processors.steps import Batch, State, Step, check_settings
+
+Stats = Mapping[str, Mapping[str, np.ndarray]]
+Numbers = Shaped[Array | np.ndarray, "..."]
 
 # Which statistics a mode needs: (subtracted, and what the scale is made of)
 NEEDED = {
@@ -22,6 +25,13 @@ NEEDED = {
     NormalizationMode.MIN_MAX: ("min", "max"),
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+# The types of the settings in a JSON file.
+SETTINGS = {
+    "eps": float,
+    "features": Mapping[str, Mapping[str, Any]],
+    "norm_map": Mapping[str, str],
+    "normalize_observation_keys": Sequence[str] | None,
 }
 
 
@@ -31,46 +41,59 @@ class _Normalization(Step):
 
     features: Mapping[str, PolicyFeature]
     norm_map: Mapping[FeatureType, NormalizationMode]
-    stats: Mapping[str, Mapping[str, np.ndarray]]
+    stats: Stats
     eps: float = 1e-8
     normalize_observation_keys: tuple[str, ...] | None = None
 
-    def __post_init__(self):
-        for key in self.features:
-            missing = [name for name in NEEDED.get(self.mode(key), ()) if name not in self.stats.get(key, {})]
-            if missing:
-                kind = self.features[key].type
-                raise InputError(
-                    f"'{key}' is to be normalized with {self.mode(key)}, but its statistics {missing} are missing; "
-                    f"give them in the dataset's stats.json, or set normalization_mapping.{kind} to IDENTITY"
-                )
-
     def mode(self, key: str) -> NormalizationMode:
-        """Tell how a feature is normalized."""
-        return self.norm_map.get(self.features[key].type, NormalizationMode.IDENTITY)
+        """Tell how an entry of a batch is normalized; the action is, even when it is no declared feature."""
+        if key == ACTION:
+            return self.norm_map.get(FeatureType.ACTION, NormalizationMode.IDENTITY)
+        feature, kept = self.features.get(key), self.normalize_observation_keys
+        if feature is None or feature.type == FeatureType.ACTION or (kept is not None and key not in kept):
+            return NormalizationMode.IDENTITY
+        return self.norm_map.get(feature.type, NormalizationMode.IDENTITY)
 
-    def _scale_and_offset(self, key: str, ndim: int) -> tuple[np.ndarray, np.ndarray]:
-        low, high = (np.asarray(self.stats[key][name], np.float32) for name in NEEDED[self.mode(key)])
-        if self.features[key].type == FeatureType.VISUAL:  # stored (c, 1, 1), used channel-last
-            low, high = low.reshape(-1), high.reshape(-1)
+    def _scaled_keys(self, batch: Batch) -> list[str]:
+        return [key for key in batch if self.mode(key) != NormalizationMode.IDENTITY]
+
+    def check_statistics(self) -> None:
+        """Raise `InputError` naming a feature whose statistics are missing."""
+        for key in self.features:
+            self._needed_statistics(key)
+
+    def _needed_statistics(self, key: str) -> list[np.ndarray]:
+        needed = NEEDED.get(self.mode(key), ())
+        missing = [name for name in needed if name not in self.stats.get(key, {})]
+        if missing:
+            kind = FeatureType.ACTION if key == ACTION else self.features[key].type
+            raise InputError(
+                f"'{key}' is to be normalized with {self.mode(key)}, but its statistics {missing} are missing; "
+                f"give them in the dataset's stats.json, or set normalization_mapping.{kind} to IDENTITY"
+            )
+        return [np.asarray(self.stats[key][name], np.float32) for name in needed]
+
+    def _scale_and_offset(self, key: str, ndim: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+        low, high = (x.astype(dtype) for x in self._needed_statistics(key))
+        if key in self.features and self.features[key].type == FeatureType.VISUAL and low.ndim == 3:
+            low, high = (
+                np.moveaxis(low, 0, -1),
+                np.moveaxis(high, 0, -1),
+            )  # stored (c, 1, 1), used channel-last
         low, high = (x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (low, high))
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return high, low
         span = high - low
-        return np.where(span == 0, np.float32(self.eps), span), low
+        return np.where(span == 0, low.dtype.type(self.eps), span), low
 
-    def _normalize(self, key: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
-        if self.mode(key) == NormalizationMode.IDENTITY:
-            return value
-        scale, offset = self._scale_and_offset(key, value.ndim)
+    def _normalize(self, key: str, value: Numbers) -> Numbers:
+        scale, offset = self._scale_and_offset(key, value.ndim, _computed_dtype(value))
         if self.mode(key) == NormalizationMode.MEAN_STD:
-            return (value - offset) / (scale + np.float32(self.eps))
+            return (value - offset) / (scale + scale.dtype.type(self.eps))
         return 2 * (value - offset) / scale - 1
 
-    def _unnormalize(self, key: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
-        if self.mode(key) == NormalizationMode.IDENTITY:
-            return value
-        scale, offset = self._scale_and_offset(key, value.ndim)
+    def _unnormalize(self, key: str, value: Numbers) -> Numbers:
+        scale, offset = self._scale_and_offset(key, value.ndim, _computed_dtype(value))
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return value * scale + offset
         return (value + 1) / 2 * scale + offset
@@ -87,12 +110,17 @@ class _Normalization(Step):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], state: State) -> "_Normalization":
+        check_settings(config, SETTINGS)
+        if not {"features", "norm_map"} <= set(config):
+            raise InputError("'features' and 'norm_map' are needed")
         stats: dict[str, dict[str, np.ndarray]] = {}
         for flat_key, value in state.items():
-            key, name = flat_key.rsplit(".", 1)
+            key, dot, name = flat_key.rpartition(".")
+            if not dot:
+                raise InputError(f"its state file has '{flat_key}', which is not FEATURE.STATISTIC")
             stats.setdefault(key, {})[name] = value
         settings = dict(config)
-        settings["features"] = {key: PolicyFeature.from_dict(f) for key, f in config["features"].items()}
+        settings["features"] = {key: _read_feature(key, f) for key, f in config["features"].items()}
         settings["norm_map"] = {FeatureType(k): NormalizationMode(m) for k, m in config["norm_map"].items()}
         keys = config.get("normalize_observation_keys")
         settings["normalize_observation_keys"] = None if keys is None else tuple(keys)
@@ -101,14 +129,10 @@ class _Normalization(Step):
     @property
     def state(self) -> State:
         return {
-            f"{key}.{name}": np.asarray(value, np.float32)
+            f"{key}.{name}": np.asarray(value)
             for key, values in self.stats.items()
             for name, value in values.items()
         }
-
-    def _applies_to(self, key: str) -> bool:
-        kept = self.normalize_observation_keys
-        return key in self.features and (kept is None or key == ACTION or key in kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,10 +142,7 @@ class Normalizer(_Normalization):
     registry_name: ClassVar[str] = "normalizer_processor"
 
     def __call__(self, batch: Batch) -> Batch:
-        return {
-            key: self._normalize(key, jnp.asarray(value)) if self._applies_to(key) else value
-            for key, value in batch.items()
-        }
+        return batch | {key: self._normalize(key, batch[key]) for key in self._scaled_keys(batch)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,7 +152,53 @@ class Unnormalizer(_Normalization):
     registry_name: ClassVar[str] = "unnormalizer_processor"
 
     def __call__(self, batch: Batch) -> Batch:
-        return {
-            key: self._unnormalize(key, jnp.asarray(value)) if self._applies_to(key) else value
-            for key, value in batch.items()
-        }
+        return batch | {key: self._unnormalize(key, batch[key]) for key in self._scaled_keys(batch)}
+
+
+def make_normalizers(
+    inputs: Mapping[str, PolicyFeature],
+    outputs: Mapping[str, PolicyFeature],
+    normalization: Mapping[str, NormalizationMode],
+    stats: Stats,
+) -> tuple[Normalizer, Unnormalizer]:
+    """Build a new policy's normalizer and unnormalizer from a dataset's statistics.
+
+    Raises:
+        InputError: naming a feature whose statistics are missing.
+    """
+    features = {**inputs, **outputs}
+    norm_map = {FeatureType(kind): NormalizationMode(mode) for kind, mode in normalization.items()}
+    stored = {
+        key: {name: _stored(features.get(key), x) for name, x in values.items()}
+        for key, values in stats.items()
+    }
+    normalizer, unnormalizer = (
+        Normalizer(features, norm_map, stored),
+        Unnormalizer(outputs, norm_map, stored),
+    )
+    normalizer.check_statistics()
+    unnormalizer.check_statistics()
+    return normalizer, unnormalizer
+
+
+def _stored(feature: PolicyFeature | None, statistic: np.ndarray) -> np.ndarray:
+    """Give a statistic as LeRobot stores it: float32; of an image, c becomes (c, 1, 1)."""
+    array = np.asarray(statistic, np.float32)
+    is_image = feature is not None and feature.type == FeatureType.VISUAL
+    return array.reshape(-1, 1, 1) if is_image and array.ndim == 1 else array
+
+
+def _read_feature(key: str, described: Mapping[str, Any]) -> PolicyFeature:
+    wanted = {"type": str, "shape": Sequence[int]}
+    try:
+        check_settings(described, wanted)
+    except InputError as error:
+        raise InputError(f"features: '{key}': {error}") from None
+    if set(described) != set(wanted):
+        raise InputError(f"features: '{key}' must have a type and a shape, it has {sorted(described)}")
+    return PolicyFeature.from_dict(described)
+
+
+def _computed_dtype(value: Any) -> Any:
+    """Give the type in which a value is scaled: its own, as LeRobot does; float32 for integers."""
+    return value.dtype if jnp.issubdtype(value.dtype, jnp.floating) else np.float32

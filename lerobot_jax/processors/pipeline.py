@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from lerobot_jax import state_dict
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, OBS_STATE, NormalizationMode, PolicyFeature
+from lerobot_jax.features import OBS_STATE, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.processors.fast import TokenizeActions
 from lerobot_jax.processors.normalize import Normalizer, Stats, Unnormalizer, make_normalizers
@@ -67,8 +67,7 @@ class Pipeline:
             InputError: when a step misses something in the batch, tokens for example.
         """
         for step in self._text_steps:
-            missing = [key for key in step.writes if key not in batch]
-            if isinstance(step, TokenizeTask | TokenizeActions) and step.applies_to(batch) and missing:
+            if missing := step.missing_tokens(batch):
                 raise InputError(
                     f"the batch has no {', '.join(missing)}: call tokenize of '{self.name}' on it first"
                 )
@@ -132,7 +131,7 @@ class Pipeline:
             entry: dict[str, Any] = {"registry_name": step.registry_name, "config": step.to_config()}
             if step.state:
                 entry["state_file"] = f"{_file_stem(self.name)}_step_{i}_{step.registry_name}.safetensors"
-                state = {key: np.ascontiguousarray(value) for key, value in step.state.items()}
+                state = {key: np.asarray(value, order="C") for key, value in step.state.items()}
                 safetensors.numpy.save_file(state, folder / entry["state_file"])
             described["steps"].append(entry)
         write_json(described, folder / f"{_file_stem(self.name)}.json", indent=2)

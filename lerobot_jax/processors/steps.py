@@ -5,21 +5,36 @@ arrays, inside jit too. Mirrors `lerobot.processor.{rename,batch,device}_process
 """
 
 import dataclasses
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, TASK
 
 Batch = dict[str, Any]
 State = dict[str, np.ndarray]
 
+# LeRobot's names of floating-point types.
+FLOAT_DTYPES = {
+    "float16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "float": "float32",
+    "float64": "float64",
+    "double": "float64",
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """One step of a pipeline."""
+    """One step of a pipeline. Its fields are LeRobot's settings, except those marked `metadata=UNSAVED`."""
 
     registry_name: ClassVar[str]
 
@@ -28,21 +43,62 @@ class Step:
 
     def to_config(self) -> dict[str, Any]:
         """Give what LeRobot writes into the pipeline's JSON file."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in setting_types(type(self))}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], state: State) -> "Step":
         """Build the step from its JSON entry and its state file.
 
         Raises:
-            TypeError: for a setting that the step does not have.
+            InputError: for a setting that the step does not have, or of the wrong type.
         """
+        check_settings(config, setting_types(cls))
+        if state:
+            raise InputError("it has a state file, but a step of this kind has no state")
         return cls(**config)
 
     @property
     def state(self) -> State:
         """The arrays that LeRobot keeps in a safetensors file beside the JSON."""
         return {}
+
+
+UNSAVED = {"saved": False}
+
+
+def setting_types(step: type[Step]) -> dict[str, Any]:
+    """Give the type of each setting of a step that is saved."""
+    hints = typing.get_type_hints(step)
+    return {f.name: hints[f.name] for f in dataclasses.fields(step) if f.metadata.get("saved", True)}
+
+
+def check_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise `InputError` naming a setting that is unknown or has a value of the wrong type."""
+    for name, value in config.items():
+        if name not in settings:
+            raise InputError(f"unknown setting '{name}'; known are {', '.join(settings) or 'none'}")
+        if not _has_type(value, settings[name]):
+            wanted = settings[name].__name__ if isinstance(settings[name], type) else str(settings[name])
+            raise InputError(
+                f"{name} must be of type {wanted.replace('collections.abc.', '')}, it is {value!r}"
+            )
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    kind, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return True
+    if kind in (typing.Union, types.UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(_has_type(item, parts[0]) for item in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(
+            _has_type(key, parts[0]) and _has_type(item, parts[1]) for key, item in value.items()
+        )
+    if wanted in (int, float):
+        return isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, wanted)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,16 +132,25 @@ class AddBatchDimension(Step):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Device(Step):
-    """LeRobot moves tensors here; in JAX they are where they are, so only `float_dtype` has an effect."""
+    """LeRobot moves tensors here; in JAX they are where they are, so only `float_dtype` has an effect.
+
+    One difference, on purpose: JAX has no float64 unless it is switched on, so "float64" and "double" give float32.
+    """
 
     registry_name: ClassVar[str] = "device_processor"
     device: str | None = "cpu"
     float_dtype: str | None = None
 
+    def __post_init__(self):
+        if self.float_dtype is not None and self.float_dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"float_dtype must be one of {', '.join(FLOAT_DTYPES)}, not '{self.float_dtype}'"
+            )
+
     def __call__(self, batch: Batch) -> Batch:
         if self.float_dtype is None:
             return batch
-        dtype = jnp.dtype(self.float_dtype)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(FLOAT_DTYPES[self.float_dtype]))
         return {key: value.astype(dtype) if _is_floating(value) else value for key, value in batch.items()}
 
 
