@@ -125,19 +125,19 @@ def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
     if (folder / CHECKPOINTS).is_dir():
         steps = saved_steps(folder)
         if not steps or (step is not None and step not in steps):
-            wanted = "checkpoint" if step is None else f"checkpoint {step}"
-            there = f"only {', '.join(map(str, steps))}" if steps else "none"
-            raise InputError(f"{folder / CHECKPOINTS}: no {wanted}, there is {there}")
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            there = f"there are those of the steps {', '.join(map(str, steps))}" if steps else "there is none"
+            raise InputError(f"{folder / CHECKPOINTS}: no {wanted}; {there}")
         folder = folder / CHECKPOINTS / f"{steps[-1] if step is None else step:06d}"
     elif step is not None:
-        raise InputError(f"{folder}: a step chooses among a run's checkpoints, and this is no run's folder")
+        raise InputError(f"{folder}: step chooses among a run's checkpoints, and this is no run's folder")
     if folder.name == TRAINING_STATE:
         folder = folder.parent
     if (folder / PRETRAINED_MODEL).is_dir():
         folder = folder / PRETRAINED_MODEL
     if not (folder / CONFIG_NAME).exists():
         raise InputError(
-            f"{folder} has no {CONFIG_NAME}: give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
+            f"{folder} has no {CONFIG_NAME}; give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
         )
     return folder
 

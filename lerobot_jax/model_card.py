@@ -5,8 +5,6 @@ run, metrics and evaluations. Every number comes from the run's files: what they
 plain sentence. No license is stated unless one is given (LeRobot states Apache 2.0).
 """
 
-import dataclasses
-import enum
 import json
 import re
 import shlex
@@ -19,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from lerobot_jax import __version__
 from lerobot_jax.certificate import CERTIFICATE_NAME
 from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME
-from lerobot_jax.config import TrainConfig, WandBConfig
+from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.errors import InputError
 from lerobot_jax.eval import EVAL_INFO_NAME, wilson_interval
@@ -27,8 +25,8 @@ from lerobot_jax.files import read_json
 from lerobot_jax.hub import is_hub_name
 from lerobot_jax.metrics import METRICS_NAME, read_metrics
 from lerobot_jax.optim import optimizer_settings
-from lerobot_jax.policies.base import config_class
 from lerobot_jax.policies.config import CONFIG_NAME
+from lerobot_jax.recipe import rebuild_config, write_recipe
 
 LEROBOT = "[LeRobot](https://github.com/huggingface/lerobot)"
 # Type of policy -> its name and its paper.
@@ -113,83 +111,6 @@ def write_card(
         _use(config, settings, dataset, repo_id, revision),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def rebuild_config(settings: Mapping[str, Any]) -> TrainConfig | None:
-    """Turn the content of train_config.json back into a config; None if another program or version wrote it."""
-    default = TrainConfig()
-    try:
-        policy = config_class(settings["policy"]["type"]).from_dict(settings["policy"])
-        parts: dict[str, Any] = {}
-        for name in {field.name for field in dataclasses.fields(TrainConfig)} - {"policy"}:
-            value, part = settings[name], getattr(default, name)
-            if dataclasses.is_dataclass(part):
-                value = type(part)(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-            parts[name] = value
-        config = TrainConfig(policy=policy, **parts)
-    except (InputError, KeyError, TypeError, ValueError, AttributeError):
-        return None
-    return config if json.loads(json.dumps(config.to_dict())) == settings else None
-
-
-def write_recipe(config: TrainConfig) -> str:
-    """Write the recipe that repeats a run, without what belongs to one machine or account."""
-    is_local = config.policy.pretrained_path is not None and not is_hub_name(config.policy.pretrained_path)
-    policy = dataclasses.replace(
-        config.policy,
-        push_to_hub=False,
-        repo_id=None,
-        private=None,
-        tags=None,
-        license=None,
-        pretrained_path="FOLDER" if is_local else config.policy.pretrained_path,
-    )
-    config = dataclasses.replace(
-        config,
-        policy=policy,
-        dataset=dataclasses.replace(config.dataset, root=None),
-        wandb=WandBConfig(),
-        resume=False,
-        output_dir=None,
-    )
-    types: set[type] = {TrainConfig}
-    body = _python(config, 1, types)
-    imports = []
-    for module in sorted({kind.__module__ for kind in types}):
-        names = sorted(kind.__name__ for kind in types if kind.__module__ == module)
-        imports.append(f"from {module} import {', '.join(names)}")
-    return "\n".join([*imports, "", "", 'def get_config(variant=""):', f"    return {body}"])
-
-
-def _python(value: Any, depth: int, types: set[type]) -> str:
-    """Write a value as Python; the types that it names are added to `types`."""
-    if isinstance(value, enum.Enum):
-        types.add(type(value))
-        return f"{type(value).__name__}.{value.name}"
-    if dataclasses.is_dataclass(value):
-        types.add(type(value))
-        chosen = [field.name for field in dataclasses.fields(value) if _differs(field, value)]
-        items = [f"{name}={_python(getattr(value, name), depth + 1, types)}" for name in chosen]
-        start, end = f"{type(value).__name__}(", ")"
-    elif isinstance(value, Mapping):
-        items = [f"{_python(k, 0, types)}: {_python(v, depth + 1, types)}" for k, v in value.items()]
-        start, end = "{", "}"
-    elif isinstance(value, tuple):
-        items = [_python(item, depth + 1, types) for item in value]
-        start, end = "(", ",)" if len(value) == 1 else ")"
-    else:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-    line = start + ", ".join(items) + end
-    if len(line) + 4 * depth <= 80 and "\n" not in line:
-        return line
-    indent = "\n" + "    " * (depth + 1)
-    return start + "".join(f"{indent}{item}," for item in items) + "\n" + "    " * depth + end[-1]
-
-
-def _differs(field: dataclasses.Field, value: Any) -> bool:
-    if field.default_factory is not dataclasses.MISSING:
-        return getattr(value, field.name) != field.default_factory()
-    return getattr(value, field.name) != field.default
 
 
 def read_evaluations(checkpoint: Checkpoint) -> tuple[list[Evaluation], list[str]]:
@@ -363,9 +284,8 @@ def _training(settings: Mapping[str, Any], trained: TrainConfig | None, checkpoi
             "recipe here that repeats the run."
         )
     notes = [
-        "Not recorded are the version of lerobot_jax that trained it, and the number and kind of devices: on "
+        "The version of lerobot_jax that trained it and the devices are not recorded; others round differently."
     ]
-    notes[0] += "others, sums are rounded differently."
     if trained.dataset.root is not None:
         notes.append("The dataset was read from a folder: name yours with `--config.dataset.root=FOLDER`.")
     if trained.policy.pretrained_path is not None and not is_hub_name(trained.policy.pretrained_path):

@@ -115,7 +115,9 @@ class Runner:
         rows = {i: {key: value[i : i + 1] for key, value in inputs.items()} for i in wanted}
         for i in wanted:
             if self._execution[i].needs_chunk():
-                chunks[i] = self._predict(*self._arrays, rows[i], self._seed_key, self._episode[i], self._step[i])
+                chunks[i] = self._predict(
+                    *self._arrays, rows[i], self._seed_key, self._episode[i], self._step[i]
+                )
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(np.asarray(chunk)[0])
         actions = {}

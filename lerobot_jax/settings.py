@@ -19,7 +19,9 @@ def check_settings(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
     for name, value in values.items():
         if name not in wanted:
             close = difflib.get_close_matches(name, wanted, 1)
-            hint = f"the nearest known is '{close[0]}'" if close else f"known are {', '.join(wanted) or 'none'}"
+            hint = (
+                f"the nearest known is '{close[0]}'" if close else f"known are {', '.join(wanted) or 'none'}"
+            )
             raise InputError(f"unknown setting '{name}'; {hint}")
         if not has_type(value, wanted[name]):
             raise InputError(f"{name} must be of type {_name(wanted[name])}, it is {value!r}")

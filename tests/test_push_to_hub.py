@@ -20,10 +20,11 @@ from lerobot_jax.config import DatasetConfig, EnvConfig, SchedulerConfig, TrainC
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.files import write_json
-from lerobot_jax.model_card import Checkpoint, rebuild_config, write_card, write_recipe
+from lerobot_jax.model_card import Checkpoint, write_card
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy, make_policy
 from lerobot_jax.push_to_hub import push_to_hub
+from lerobot_jax.recipe import rebuild_config, write_recipe
 from tests.data.recordings import record
 from tests.fake_hub import FakeHub, Repository, connected
 from tests.test_hub import fetched, tiny_files, tiny_policy, weights
