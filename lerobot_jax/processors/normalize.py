@@ -14,7 +14,8 @@ from jaxtyping import Array, Shaped
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, FeatureType, NormalizationMode, PolicyFeature
-from lerobot_jax.processors.steps import Batch, State, Step, check_settings
+from lerobot_jax.processors.steps import Batch, State, Step
+from lerobot_jax.settings import check_settings
 
 Stats = Mapping[str, Mapping[str, np.ndarray]]
 Numbers = Shaped[Array | np.ndarray, "..."]

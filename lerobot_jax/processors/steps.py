@@ -5,9 +5,8 @@ arrays, inside jit too. Mirrors `lerobot.processor.{rename,batch,device}_process
 """
 
 import dataclasses
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, TASK
+from lerobot_jax.settings import check_settings
 
 Batch = dict[str, Any]
 State = dict[str, np.ndarray]
@@ -70,35 +70,6 @@ def setting_types(step: type[Step]) -> dict[str, Any]:
     """Give the type of each setting of a step that is saved."""
     hints = typing.get_type_hints(step)
     return {f.name: hints[f.name] for f in dataclasses.fields(step) if f.metadata.get("saved", True)}
-
-
-def check_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise `InputError` naming a setting that is unknown or has a value of the wrong type."""
-    for name, value in config.items():
-        if name not in settings:
-            raise InputError(f"unknown setting '{name}'; known are {', '.join(settings) or 'none'}")
-        if not _has_type(value, settings[name]):
-            wanted = settings[name].__name__ if isinstance(settings[name], type) else str(settings[name])
-            raise InputError(
-                f"{name} must be of type {wanted.replace('collections.abc.', '')}, it is {value!r}"
-            )
-
-
-def _has_type(value: Any, wanted: Any) -> bool:
-    kind, parts = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any:
-        return True
-    if kind in (typing.Union, types.UnionType):
-        return any(_has_type(value, part) for part in parts)
-    if kind is Sequence:
-        return isinstance(value, list | tuple) and all(_has_type(item, parts[0]) for item in value)
-    if kind is Mapping:
-        return isinstance(value, Mapping) and all(
-            _has_type(key, parts[0]) and _has_type(item, parts[1]) for key, item in value.items()
-        )
-    if wanted in (int, float):
-        return isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, wanted)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
