@@ -226,7 +226,7 @@ def _digests(folder: Path) -> dict[str, dict[str, str]]:
     states = {name: state_dict.read(folder / name) for name in names}
     states[state_dict.MODEL_NAME] = state_dict.read(folder)
     return {
-        name: {key: _digest(array) for key, array in state.read_ahead(state)}
+        name: {key: _digest(array) for key, array in state.read_ahead()}
         for name, state in states.items()
     }
 

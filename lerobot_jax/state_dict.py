@@ -9,9 +9,9 @@ import json
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,9 @@ import safetensors
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json
 
+T = TypeVar("T")
+
+NUM_THREADS = 2  # two keep a disk busy; each holds an array or two
 MODEL_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -88,17 +91,21 @@ class StateDict(Mapping[str, np.ndarray]):
         """Give the part with the old names of `names`, under the new ones."""
         return StateDict({new: self.tensors[old] for old, new in names.items()}, self.metadata, self.source)
 
-    def read_ahead(self, keys: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Give (key, array) in the order of `keys`, preparing the next few arrays in threads meanwhile."""
-        with ThreadPoolExecutor(2) as pool:
-            waiting: deque = deque()
-            for key in keys:
-                waiting.append((key, pool.submit(self.tensors[key].read)))
-                if len(waiting) == 4:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            for key, future in waiting:
-                yield key, future.result()
+    def read_ahead(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Give (key, array) in order, preparing the next few arrays in threads meanwhile."""
+        yield from zip(self, compute_ahead([tensor.read for tensor in self.tensors.values()]), strict=True)
+
+
+def compute_ahead(functions: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Give the functions' results in order, calling the next few of them in threads meanwhile."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        waiting: deque[Future[T]] = deque()
+        for function in functions:
+            waiting.append(pool.submit(function))
+            if len(waiting) == 2 * NUM_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read(path: Path) -> StateDict:
@@ -135,7 +142,7 @@ def write(state: Mapping[str, np.ndarray], path: Path) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in state.read_ahead(keys):
+        for array in compute_ahead(state.tensors[key].read for key in keys):
             file.write(_bytes(np.ascontiguousarray(array)))
 
 

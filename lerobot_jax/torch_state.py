@@ -5,6 +5,7 @@ one layout rule per layer type turns arrays from one framework's order into the 
 its own, and no value is cast.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.stack import Stack
-from lerobot_jax.state_dict import StateDict, Tensor, empty_aligned
+from lerobot_jax.state_dict import StateDict, Tensor, compute_ahead, empty_aligned
 
 Tree = dict[str, Any]
 
@@ -156,22 +157,25 @@ def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: s
     if problems:
         raise InputError(f"{state.source} does not fit the policy: {'; '.join(problems)}")
 
+    arrays: dict[tuple[str | int, ...], np.ndarray] = {}
+    for _ in compute_ahead([functools.partial(_load, entry, state, arrays) for entry in wanted]):
+        pass
     params, buffers = {}, {}
-    stored = [next(key for key in entry.keys if key in state) for entry in wanted]
-    arrays = (array for _, array in state.read_ahead(stored))
-    for path, group in itertools.groupby(wanted, lambda entry: entry.path):
-        whole = None
-        for entry in group:
-            value = entry.layout.from_torch(next(arrays))
-            if entry.layer is None:
-                whole = contiguous(value)
-                continue
-            if whole is None:
-                whole = empty_aligned(entry.variable.get_value().shape, value.dtype)
-            copy_blockwise(value, whole[entry.layer])
+    for entry in wanted:
         tree = params if isinstance(entry.variable, nnx.Param) else buffers
-        tree[path] = jnp.asarray(whole)
+        if entry.path in arrays:
+            tree[entry.path] = jnp.asarray(arrays.pop(entry.path))
     return unflatten_dict(params), unflatten_dict(buffers)
+
+
+def _load(entry: Entry, state: StateDict, arrays: dict[tuple[str | int, ...], np.ndarray]) -> None:
+    """Read an entry's array into its place in `arrays`."""
+    value = entry.layout.from_torch(state[next(key for key in entry.keys if key in state)])
+    if entry.layer is None:
+        arrays[entry.path] = contiguous(value)
+        return
+    stack = arrays.setdefault(entry.path, empty_aligned(entry.variable.get_value().shape, value.dtype))
+    copy_blockwise(value, stack[entry.layer])
 
 
 def _misfits(entry: Entry, state: StateDict) -> Iterator[str]:

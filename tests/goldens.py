@@ -58,8 +58,7 @@ class Golden:
 
 def initial_value(kind: str, name: str, shape: list[int], seed: int, scale: float) -> np.ndarray:
     """Give the value that a parameter has in every golden, by its name."""
-    generator = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()) + (seed << 32)))
-    noise = generator.standard_normal(tuple(shape), dtype=np.float32)
+    noise = random_generator(name, seed).standard_normal(tuple(shape), dtype=np.float32)
     fan_in = max(1, math.prod(shape[1:])) if len(shape) > 1 else max(1, shape[0])
     values = {
         "norm_weight": 1.0 + 0.2 * noise,
@@ -70,6 +69,11 @@ def initial_value(kind: str, name: str, shape: list[int], seed: int, scale: floa
         "weight": (1.2 * scale / math.sqrt(fan_in)) * noise,
     }
     return values[kind].astype(np.float32)
+
+
+def random_generator(name: str, seed: int) -> np.random.Generator:
+    """Give the source of everything that is drawn under a name."""
+    return np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()) + (seed << 32)))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -4,18 +4,23 @@ A new policy adds folders under tests/golden/, and a row to DRAWS.
 """
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from lerobot_jax import optim, torch_state
+from lerobot_jax import optim, state_dict, torch_state
 from lerobot_jax.config import TrainConfig
-from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
+from lerobot_jax.nn.variables import Buffer
+from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy, policy_class
 from tests.goldens import ROOT, Golden
 
 # The names of a policy's draws, in the order in which LeRobot draws them.
@@ -32,25 +37,29 @@ def golden(request) -> Golden:
     return Golden(request.param)
 
 
-def load(golden: Golden, tmp_path: Path, **changes) -> FunctionalPolicy:
+def load(golden: Golden, tmp_path: Path, with_dropout: bool = True) -> FunctionalPolicy:
     folder = tmp_path / "model"
     shutil.copytree(golden.path / "model", folder)
-    config = dataclasses.replace(load_config(folder), **changes)
-    if not (folder / "model.safetensors").exists():
-        constants = {"model.vae_encoder_pos_enc": _position_table(config)}
-        torch_state.save(golden.stored_or_initial_weights() | constants, folder / "model.safetensors")
+    config = load_config(folder)
+    if not with_dropout:
+        rates = [field.name for field in dataclasses.fields(config) if "dropout" in field.name]
+        config = dataclasses.replace(config, **dict.fromkeys(rates, 0.0))
+    if not (folder / state_dict.MODEL_NAME).exists():
+        state_dict.write(initial_weights(golden.path), folder / state_dict.MODEL_NAME)
     return load_policy(folder, config=config)
 
 
-def _position_table(config) -> np.ndarray:
-    from lerobot_jax.policies.act.modeling import sinusoid_table
+@functools.cache
+def initial_weights(path: Path) -> dict[str, np.ndarray]:
+    """Give the weights by names and seed; constants, such as position tables, are those of a new policy here."""
+    golden, config = Golden(path), load_config(path / "model")
+    module = policy_class(config.type)(config, rngs=nnx.Rngs(params=0))
+    arrays = (nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, Buffer))
+    new = torch_state.to_torch(module, *arrays)
+    return {name: new[name] for name in golden.meta["param_shapes"]} | golden.stored_or_initial_weights()
 
-    return sinusoid_table(1 + (config.robot_state_feature is not None) + config.chunk_size, config.dim_model)[
-        None
-    ]
 
-
-def draws(golden: Golden, case: str, step: int = 0) -> dict[str, np.ndarray]:
+def draws(golden: Golden, case: str, step: int = 0) -> dict[str, Any]:
     names = DRAWS[golden.meta["policy"]]
     recorded = golden.draws(case)
     return {name: jnp.asarray(x) for name, x in zip(names, recorded[step * len(names) :], strict=False)}
@@ -63,7 +72,7 @@ def assert_close(golden: Golden, key: str, actual) -> None:
     )
 
 
-def packed(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+def packed(arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
     """Summarize arrays as the goldens do: norm, sum, first 8 entries."""
     heads = np.zeros((len(names), 8), np.float32)
     for i, name in enumerate(names):
@@ -76,18 +85,22 @@ def packed(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndar
 def test_preprocessing(golden: Golden, tmp_path: Path):
     policy = load(golden, tmp_path)
     batch = policy.preprocess(golden.inputs("raw/"))
-    recorded = golden.inputs("in/")
     for key in (*policy.config.input_features, *policy.config.output_features):
-        expected = (
-            np.moveaxis(recorded[key], -3, -1) if key in policy.config.image_features else recorded[key]
-        )
-        np.testing.assert_allclose(batch[key], expected, rtol=1e-5, atol=1e-6, err_msg=key)
+        expected = golden.batch[f"in/{key}"]
+        if key in policy.config.image_features:
+            expected = np.moveaxis(expected, -3, -1)
+        actual = batch[key][: len(expected)]  # of images, the first sample is recorded
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=key)
+    observation = policy.preprocess(golden.inputs("obs/1/"))
+    for key in policy.config.input_features.keys() - policy.config.image_features.keys():
+        expected = golden.batch[f"obs_in/1/{key}"]
+        np.testing.assert_allclose(observation[key], expected, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("case", ["loss", "loss_train"])
 def test_loss_and_gradients(golden: Golden, tmp_path: Path, case: str):
     train = case == "loss_train"
-    policy = load(golden, tmp_path, dropout=0.0)  # the goldens switch dropout off
+    policy = load(golden, tmp_path, with_dropout=False)
     batch = policy.preprocess(golden.inputs("raw/"))
 
     def loss_fn(params):
@@ -101,6 +114,8 @@ def test_loss_and_gradients(golden: Golden, tmp_path: Path, case: str):
     named = torch_state.to_torch(policy.module, gradients, buffers)
     for name, values in packed(named, golden.meta["grad_names"][case]).items():
         assert_close(golden, f"{case}/grad_{name}", values)
+    for key in (k for k in golden.expected if k.startswith(f"{case}/buffers_after/")):
+        assert_close(golden, key, named[key.rsplit("/", 1)[1]])
 
 
 def test_per_sample_loss_averages_to_the_loss(golden: Golden, tmp_path: Path):
@@ -111,15 +126,20 @@ def test_per_sample_loss_averages_to_the_loss(golden: Golden, tmp_path: Path):
     loss, _ = loss_fn(policy.params, policy.buffers, batch, KEY, train=True)
     assert losses.shape == (len(batch["action"]),)
     np.testing.assert_allclose(losses.mean(), loss, rtol=1e-5)
+    if "loss_none/loss" in golden.expected:
+        given = draws(golden, "loss_none")
+        losses, _ = loss_fn(policy.params, policy.buffers, batch, KEY, train=False, reduction="none", **given)
+        assert_close(golden, "loss_none/loss", losses)
 
 
 def test_chunk(golden: Golden, tmp_path: Path):
     policy = load(golden, tmp_path)
-    observation = policy.preprocess(golden.inputs("obs/0/"))
-    given = draws(golden, "chunk")
-    actions = jax.jit(policy.sample_actions)(policy.params, policy.buffers, observation, KEY, **given)
+    windows = policy.config.observation_delta_indices is not None
+    observation = golden.inputs("raw/" if windows else "obs/0/")
+    given, inputs = draws(golden, "chunk"), policy.preprocess(observation)
+    actions = jax.jit(policy.sample_actions)(policy.params, policy.buffers, inputs, KEY, **given)
     assert_close(golden, "chunk/action", actions)
-    assert_close(golden, "chunk/post/action", policy.postprocess(actions))
+    assert_close(golden, "chunk/post/action", policy.postprocess(actions, observation))
 
 
 def test_select_action_sequence(golden: Golden, tmp_path: Path):
@@ -131,29 +151,30 @@ def test_select_action_sequence(golden: Golden, tmp_path: Path):
 
 
 def test_optimizer_steps(golden: Golden, tmp_path: Path):
-    policy = load(golden, tmp_path, dropout=0.0)
+    policy = load(golden, tmp_path, with_dropout=False)
     batch = policy.preprocess(golden.inputs("raw/"))
     config = TrainConfig(policy=policy.config, steps=10)
     optimizer = optim.make_optimizer(config, policy.params)
-    params, opt_state = policy.params, optimizer.init(policy.params)
+    params, buffers, opt_state = policy.params, policy.buffers, optimizer.init(policy.params)
     losses, norms = [], []
 
     @jax.jit
-    def train_step(params, opt_state, given):
+    def train_step(params, buffers, opt_state, given):
         def loss_fn(params):
-            return policy.loss_fn(params, policy.buffers, batch, KEY, train=True, **given)[0]
+            return policy.loss_fn(params, buffers, batch, KEY, train=True, **given)
 
-        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        (loss, (_, buffers)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(gradients)
+        return optax.apply_updates(params, updates), buffers, opt_state, loss, optax.tree.norm(gradients)
 
     for step in range(len(golden.expected["train_steps/loss"])):
-        params, opt_state, loss, norm = train_step(params, opt_state, draws(golden, "train_steps", step))
+        given = draws(golden, "train_steps", step)
+        params, buffers, opt_state, loss, norm = train_step(params, buffers, opt_state, given)
         losses.append(loss)
         norms.append(norm)
     assert_close(golden, "train_steps/loss", losses)
     assert_close(golden, "train_steps/grad_norm", norms)
-    named = torch_state.to_torch(policy.module, params, policy.buffers)
+    named = torch_state.to_torch(policy.module, params, buffers)
     summary = packed(named, golden.meta["grad_names"]["train_steps_state"])
     assert_close(golden, "train_steps/state_norm", summary["norm"])
     assert_close(golden, "train_steps/state_head", summary["head"])

@@ -32,7 +32,7 @@ class ACTConfig(PolicyConfig):
     """The image encoder: resnet18, 34, 50, 101 or 152; the suffix wN makes it N channels wide instead of 64."""
     pretrained_backbone_weights: str | None = "ResNet18_Weights.IMAGENET1K_V1"
     """ImageNet weights for it: torchvision's name, a safetensors file with torchvision's keys, or a Hub name."""
-    replace_final_stride_with_dilation: bool = False
+    replace_final_stride_with_dilation: bool | int = False
     """Keep twice the resolution in the last stage (resnet50 and larger)."""
     pre_norm: bool = False
     """Normalize before attention and feed-forward layers instead of after."""
