@@ -143,7 +143,7 @@ def write(state: Mapping[str, np.ndarray], path: Path) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in compute_ahead(state.tensors[key].read for key in keys):
-            file.write(_bytes(np.ascontiguousarray(array)))
+            file.write(as_bytes(np.ascontiguousarray(array)))
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -222,13 +222,14 @@ def _load(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> n
     with path.open("rb") as file:
         file.seek(offset)
         # Read, not memory-mapped: mapped pages would count as this program's memory until all is read.
-        if file.readinto(_bytes(array)) != array.nbytes:
+        if file.readinto(as_bytes(array)) != array.nbytes:
             raise InputError(f"{path}: became shorter while it was being read")
     return array
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+def as_bytes(array: np.ndarray) -> memoryview:
+    """View the memory of an array in C order."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _is_pickle(path: Path) -> bool:

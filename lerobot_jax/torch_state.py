@@ -120,7 +120,7 @@ def _walk(
 
 def to_torch(module: nnx.Module, params: Tree, buffers: Tree) -> StateDict:
     """Give the PyTorch state dict of a policy whose arrays are in `params` and `buffers`, computed on access."""
-    arrays = flatten_dict(params) | flatten_dict(buffers)
+    arrays: dict[Any, Any] = {**flatten_dict(params), **flatten_dict(buffers)}
     tensors = {}
     for entry in entries(module):
         array = arrays[entry.path]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import checkpoint, train
+from lerobot_jax import checkpoint, convert, state_dict, train
 from lerobot_jax.config import load_config
 from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
@@ -102,6 +102,31 @@ def test_a_run_leaves_its_files(arguments: list[str], tmp_path: Path):
     policy = load_policy(folder)
     ema = final_arrays(run)["['ema']['params']['model']['action_head']['bias']"]
     np.testing.assert_array_equal(policy.params["model"]["action_head"]["bias"], ema)
+
+
+def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path):
+    """Averaged or raw weights, from a run, a checkpoint or its training_state, as they are or rounded."""
+    train.main([*arguments, "--config.eval_steps=0", "--config.dataset.eval_split=0"])
+    run, out = tmp_path / "run", tmp_path / "out"
+    saved = state_dict.read(run / "checkpoints/000020/pretrained_model")
+    arrays = final_arrays(run)
+    raw_bias = arrays["['params']['model']['action_head']['bias']"]
+    assert (raw_bias != saved["model.action_head.bias"]).any()
+    convert.main(["to-torch", str(run), f"--output_dir={out}/ema"])
+    for key, value in saved.items():
+        np.testing.assert_array_equal(state_dict.read(out / "ema")[key], value, err_msg=key)
+    checkpoints = run / "checkpoints"
+    convert.main(["to-torch", str(checkpoints / "000020"), "--weights=raw", f"--output_dir={out}/raw"])
+    np.testing.assert_array_equal(load_policy(out / "raw").params["model"]["action_head"]["bias"], raw_bias)
+    source = checkpoints / "000020/training_state"
+    convert.main(["to-torch", str(source), "--dtype=bfloat16", f"--output_dir={out}/half"])
+    half = state_dict.read(out / "half")
+    for key, value in saved.items():
+        np.testing.assert_array_equal(half[key], value.astype(half[key].dtype), err_msg=key)
+    assert {array.dtype.name for array in half.values()} == {"bfloat16"}
+    (source / "_METADATA").write_text("{}")
+    with pytest.raises(InputError, match=r"training_state: damaged, or not of this policy"):
+        convert.main(["to-torch", str(source), f"--output_dir={out}/damaged"])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(arguments: list[str], tmp_path: Path):

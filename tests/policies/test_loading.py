@@ -58,7 +58,9 @@ def test_a_feature_without_statistics_is_reported(folder: Path):
     declared = pipeline["steps"][-1]["config"]["features"]
     declared.pop(next(key for key in declared if key.startswith("observation.")))
     path.write_text(json.dumps(pipeline))
-    with pytest.raises(InputError, match=r"config.json declares 'observation\..*policy_preprocessor.json has no"):
+    with pytest.raises(
+        InputError, match=r"config.json declares 'observation\..*policy_preprocessor.json has no"
+    ):
         load_policy(folder)
 
 

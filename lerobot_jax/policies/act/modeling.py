@@ -119,7 +119,7 @@ class ACT(nnx.Module):
         if config.image_features:
             self.backbone = ResNet(
                 config.vision_backbone,
-                dilate_last_stage=config.replace_final_stride_with_dilation,
+                dilate_last_stage=bool(config.replace_final_stride_with_dilation),
                 dtype=dtype,
                 rngs=rngs,
             )

@@ -1,0 +1,32 @@
+"""Policies of ours with random weights and statistics, for tests with stock LeRobot."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from lerobot_jax.features import FeatureType, PolicyFeature
+from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+
+
+def new_policy(
+    config: ACTConfig, action: int, stats: Mapping[str, Mapping[str, np.ndarray]] | None = None
+) -> FunctionalPolicy:
+    """Initialize a policy whose action has so many dimensions; statistics that are not given are random."""
+    config = dataclasses.replace(
+        config,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (action,))},
+        pretrained_backbone_weights=None,
+        device="cpu",
+    )
+    rng = np.random.default_rng(1)
+    drawn = {}
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        shape = (3, 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
+        low = rng.normal(0, 1, shape).astype(np.float32)
+        drawn[key] = {"mean": low, "std": np.abs(low) + 0.5, "min": low - 1, "max": low + 2}
+    policy = make_policy(config, drawn | dict(stats or {}))
+    params, buffers = policy.init(jax.random.key(0))
+    return policy.replace(params=params, buffers=buffers)

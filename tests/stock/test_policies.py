@@ -1,0 +1,168 @@
+"""A policy folder gives the same actions in both frameworks, whoever made it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lerobot_jax import torch_state
+from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.base import load_policy
+from tests.stock.conftest import Peer
+from tests.stock.policies import new_policy
+
+pytestmark = pytest.mark.lerobot
+
+STATE = PolicyFeature(FeatureType.STATE, (3,))
+ENV = PolicyFeature(FeatureType.ENV, (5,))
+IMAGE = PolicyFeature(FeatureType.VISUAL, (3, 40, 56))
+OURS = {
+    "two cameras": ACTConfig(
+        input_features={
+            "observation.state": STATE,
+            "observation.images.a": IMAGE,
+            "observation.images.b": IMAGE,
+        },
+        dim_model=64,
+        n_heads=4,
+        dim_feedforward=96,
+        chunk_size=12,
+        n_action_steps=5,
+    ),
+    "environment state": ACTConfig(
+        input_features={"observation.environment_state": ENV, "observation.state": STATE},
+        normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX),
+        pre_norm=True,
+        feedforward_activation="gelu",
+        n_decoder_layers=2,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=64,
+        chunk_size=8,
+        n_action_steps=8,
+        use_vae=False,
+    ),
+    "ensembling": ACTConfig(
+        input_features={"observation.images.a": IMAGE, "observation.state": STATE},
+        vision_backbone="resnet50",
+        replace_final_stride_with_dilation=True,
+        temporal_ensemble_coeff=0.01,
+        n_action_steps=1,
+        chunk_size=6,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=64,
+    ),
+}
+# Settings, inputs and names of observations outside, for policies that stock LeRobot makes
+STOCK: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, str]]] = {
+    "two cameras, renamed": (
+        {
+            "dim_model": 48,
+            "n_heads": 3,
+            "dim_feedforward": 80,
+            "chunk_size": 10,
+            "n_action_steps": 4,
+            "replace_final_stride_with_dilation": 0,  # what lerobot-train writes for False
+        },
+        {"observation.images.a": (3, 48, 40), "observation.images.b": (3, 33, 65), "observation.state": (6,)},
+        {"observation.images.front": "observation.images.a"},
+    ),
+    "keypoints, quantiles": (
+        {
+            "normalization_mapping": {"STATE": "QUANTILES", "ENV": "QUANTILE10", "ACTION": "QUANTILES"},
+            "pre_norm": True,
+            "feedforward_activation": "gelu",
+            "n_encoder_layers": 2,
+            "n_decoder_layers": 3,
+            "use_vae": False,
+            "dim_model": 32,
+            "chunk_size": 7,
+            "n_action_steps": 7,
+        },
+        {"observation.environment_state": (9,), "observation.state": (4,)},
+        {},
+    ),
+    "everything, ensembling": (
+        {
+            "normalization_mapping": {"VISUAL": "MIN_MAX", "STATE": "IDENTITY", "ACTION": "MIN_MAX"},
+            "vision_backbone": "resnet34",
+            "latent_dim": 5,
+            "n_vae_encoder_layers": 1,
+            "temporal_ensemble_coeff": -0.1,
+            "n_action_steps": 1,
+            "chunk_size": 5,
+            "dim_model": 64,
+        },
+        {
+            "observation.state": (2,),
+            "observation.environment_state": (3,),
+            "observation.images.top": (3, 64, 64),
+        },
+        {},
+    ),
+}
+
+
+def make_observations(
+    path: Path, shapes: dict[str, tuple[int, ...]], steps: int = 9, batch: int = 2
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    arrays = {key: rng.uniform(0, 1, (steps, batch, *s)).astype(np.float32) for key, s in shapes.items()}
+    np.savez(path, allow_pickle=False, **arrays)
+    return arrays
+
+
+def assert_acts_like_stock(stock: Peer, folder: Path, observations: Path) -> None:
+    """Compare the first chunk and every selected action of a policy folder on the same raw observations."""
+    theirs = stock("act", folder=folder, observations=observations)
+    policy = load_policy(folder)
+    with np.load(observations) as file:
+        ours = dict(file)
+    first = policy.preprocess({key: value[0] for key, value in ours.items()})
+    sample = jax.jit(policy.sample_actions)
+    chunk = policy.postprocess(sample(policy.params, policy.buffers, first, jax.random.key(0)))
+    np.testing.assert_allclose(chunk, theirs["chunk"], rtol=1e-4, atol=1e-4)
+    runner = policy.make_runner(chunk.shape[0])
+    for t, expected in enumerate(theirs["actions"]):
+        actions = runner.select_action({key: value[t] for key, value in ours.items()})
+        np.testing.assert_allclose(actions, expected, rtol=1e-4, atol=1e-4, err_msg=f"step {t}")
+    assert np.ptp(theirs["actions"], axis=(0, 1)).min() > 1e-2  # the policy is not a constant
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_stock_loads_our_policy_and_acts_alike(stock: Peer, tmp_path: Path, name: str):
+    policy = new_policy(OURS[name], action=2)
+    policy.save_pretrained(tmp_path / "policy")
+    shapes = {key: feature.shape for key, feature in policy.config.input_features.items()}
+    make_observations(tmp_path / "observations.npz", shapes)
+    assert_acts_like_stock(stock, tmp_path / "policy", tmp_path / "observations.npz")
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_our_policy_loads_stocks_and_acts_alike(stock: Peer, tmp_path: Path, name: str):
+    settings, inputs, rename_map = STOCK[name]
+    folder, observations = tmp_path / "policy", tmp_path / "observations.npz"
+    stock("make_act", folder=folder, inputs=inputs, action=3, settings=settings, rename_map=rename_map)
+    original = {new: old for old, new in rename_map.items()}
+    make_observations(observations, {original.get(key, key): shape for key, shape in inputs.items()})
+    assert_acts_like_stock(stock, folder, observations)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_new_policies_start_like_stock_ones(stock: Peer, tmp_path: Path, name: str):
+    """Every parameter is drawn from the same distribution: equal spread, up to sampling error."""
+    policy = new_policy(OURS[name], action=2)
+    ours = torch_state.to_torch(policy.module, policy.params, policy.buffers)
+    theirs = stock("initialize", config=policy.config.to_dict(), folder=tmp_path)
+    assert set(ours) == set(theirs)
+    for key, (mean, std, largest) in theirs.items():
+        value = ours[key]
+        error = 6 / np.sqrt(value.size)
+        scale = max(std, largest / 3)
+        assert abs(value.mean() - mean) <= error * scale + 1e-6, key
+        assert abs(value.std() - std) <= error * scale + 1e-6, key
+        assert np.abs(value).max() <= 1.5 * largest + 1e-6, key
