@@ -104,13 +104,12 @@ VARIANTS = {
             "normalization_mapping": {"VISUAL": "MIN_MAX", "STATE": "IDENTITY", "ACTION": "QUANTILE10"},
         },
     ),
-    "resnet50": Variant(
-        about="bottleneck ResNet without dilation, three encoder and decoder layers, raw actions",
+    "deep_raw": Variant(
+        about="three encoder and decoder layers, quantile images, raw actions",
         inputs={"observation.images.top": (3, 48, 40), "observation.state": (6,)},
         action=2,
         settings=SMALL
         | {
-            "vision_backbone": "resnet50w2",
             "dim_model": 24,
             "n_heads": 3,
             "n_encoder_layers": 3,
