@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lerobot_jax.errors import InputError
+from lerobot_jax.features import TASK
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
@@ -102,7 +103,8 @@ class Runner:
         """Give the next action of each slot, in the environment's units.
 
         Args:
-            observation: raw observations with a leading axis, one row a slot; images uint8 channel-last.
+            observation: raw observations with a leading axis, one row a slot; images uint8 channel-last; `task`, a
+                list of texts, for a policy that is told what to do.
             slots: the slots that want an action, by default all; row i belongs to slot i in any case, and the
                 rows of other slots come back as zeros.
 
@@ -151,4 +153,8 @@ class Runner:
                 wanted = (len(self._execution), *feature.shape)
                 raise InputError(f"the policy needs '{key}' of shape {wanted}, it has {value.shape}")
             inputs[key] = value
+        if self.policy.preprocessor.has_text:
+            inputs = self.policy.tokenize(
+                inputs | {key: observation[key] for key in [TASK] if key in observation}
+            )
         return inputs

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +9,10 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
 from lerobot_jax.processors.steps import RenameObservations
+from lerobot_jax.processors.text import TokenizeTask
 from lerobot_jax.rollout import ActionQueue, TemporalEnsembler
+
+TOKENIZERS = Path(__file__).parent / "processors/golden/tokenizers"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,24 @@ def test_the_ensembler_averages_with_exponential_weights():
         np.testing.assert_allclose(
             ensembler.next_action(), np.average(predictions, axis=0, weights=weights), rtol=1e-5
         )
+
+
+def test_tasks_become_tokens_on_the_way(policy: FunctionalPolicy, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = next(TOKENIZERS.glob("*SmolVLM2*/snapshots/*"))
+    tokenize = TokenizeTask(tokenizer_name=str(tokenizer), max_length=6)
+    told = policy.replace(
+        preprocessor=dataclasses.replace(policy.preprocessor, steps=(*policy.preprocessor.steps, tokenize))
+    )
+    seen = []
+    original = FunctionalPolicy.sample_actions
+    monkeypatch.setattr(
+        FunctionalPolicy, "sample_actions", lambda *args: seen.append(args[3]) or original(*args)
+    )
+    rows, tasks = observations(2), ["push", "pull it back"]
+    told.make_runner(2).select_action(rows | {"task": tasks})
+    assert seen[0]["observation.language.tokens"].shape == (1, 6)
+    with pytest.raises(InputError, match=r"wants to be told what to do: 'task'"):
+        told.make_runner(2).select_action(rows)
 
 
 def test_an_episode_does_not_depend_on_its_neighbours(policy: FunctionalPolicy):

@@ -87,7 +87,7 @@ def test_missing_statistics_are_an_error():
 
 def test_missing_statistics_of_a_file_are_an_error_when_they_are_needed(tmp_path: Path):
     """Base models come without; they can be fine-tuned, but not run."""
-    folder = shutil.copytree(FOLDERS[0], tmp_path / "model")
+    folder = shutil.copytree(ROOT / "act/env_prenorm_s0/model", tmp_path / "model")
     path = folder / "policy_preprocessor.json"
     described = json.loads(path.read_text())
     del described["steps"][-1]["state_file"]
@@ -95,7 +95,7 @@ def test_missing_statistics_of_a_file_are_an_error_when_they_are_needed(tmp_path
     preprocess, _ = load_pipelines(folder)
     preprocess.save(tmp_path)
     assert json.loads((tmp_path / path.name).read_text()) == described
-    with pytest.raises(InputError, match=r"'action' .*MEAN_STD.*\['mean', 'std'\] are missing"):
+    with pytest.raises(InputError, match=r"'action' .*QUANTILES.*\['q01', 'q99'\] are missing"):
         preprocess({"action": np.ones((1, 3, 2), np.float32)})
 
 
