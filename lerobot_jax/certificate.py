@@ -144,7 +144,7 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
         return
     certificate = _read(folder)
     action, tolerance = certificate["action"], OTHER_DEVICE * certificate["tolerance"]
-    found = compute(policy, certificate)["action"]
+    found = act(policy, certificate)
     excess = np.abs(found - action) / tolerance
     if not (excess <= 1).all():  # also when it is not a number
         worst = np.unravel_index(np.argmax(np.nan_to_num(excess, nan=np.inf)), excess.shape)
@@ -156,25 +156,28 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
         )
 
 
-def compute(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, np.ndarray]:
-    """Run a policy on the observations and the noise of a certificate.
+def preprocess(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, np.ndarray]:
+    """Give what a policy sees of each of its inputs, for the observations of a certificate."""
+    seen = jax.jit(policy.preprocess)(_inputs(policy, certificate))
+    return {key: np.asarray(seen[key]) for key in policy.config.input_features}
 
-    Returns:
-        `preprocessed/<key>`, what the policy itself sees of each input, and `action` in the robot's units.
-    """
-    observations, noise = (
-        {k.removeprefix(prefix): certificate[k] for k in certificate if k.startswith(prefix)}
-        for prefix in ("observation/", "noise/")
-    )
+
+def act(policy: "FunctionalPolicy", certificate: StateDict) -> np.ndarray:
+    """Give a policy's actions for the observations and the noise of a certificate, (b, chunk, act)."""
+    noise = _entries(certificate, "noise/")
+    arguments = (policy.params, policy.buffers, _inputs(policy, certificate), noise, 0.0)
+    return np.asarray(jax.jit(functools.partial(_act, policy))(*arguments))
+
+
+def _inputs(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, Any]:
+    observations: dict[str, Any] = _entries(certificate, "observation/")
     if policy.preprocessor.has_text:
         observations[TASK] = json.loads(certificate.metadata["task"])
-    inputs = policy.tokenize(observations)
-    seen = jax.jit(policy.preprocess)(inputs)
-    act = jax.jit(functools.partial(_act, policy))
-    return {
-        **{f"preprocessed/{key}": np.asarray(seen[key]) for key in policy.config.input_features},
-        "action": np.asarray(act(policy.params, policy.buffers, inputs, noise, 0.0)),
-    }
+    return policy.tokenize(observations)
+
+
+def _entries(certificate: StateDict, prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): certificate[key] for key in certificate if key.startswith(prefix)}
 
 
 def _act(

@@ -131,7 +131,9 @@ def verify(config: Verify) -> None:
             certificate.write(folder, Certifier(policy).act(policy.params, policy.buffers), given)
         _run_stock(config.lerobot_python, folder, given, out)
         stock, recorded = dict(state_dict.read(out)), dict(state_dict.read(given))
-        mine = certificate.compute(policy, state_dict.read(given))
+        seen = certificate.preprocess(policy, state_dict.read(given))
+        mine = {f"preprocessed/{key}": value for key, value in seen.items()}
+        mine["action"] = certificate.act(policy, state_dict.read(given))
     rows, num_different = [], 0
     for name, value in mine.items():
         if name.removeprefix("preprocessed/") in policy.config.image_features:

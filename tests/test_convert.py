@@ -16,31 +16,22 @@ from lerobot_jax import convert, state_dict
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.policies.act.config import ACTConfig
-from lerobot_jax.policies.base import FunctionalPolicy, load_policy, make_policy
+from lerobot_jax.policies.base import FunctionalPolicy, load_policy
 from lerobot_jax.processors import Normalizer
+from tests.stock.policies import new_policy
 
 MODES = {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ENV": "MEAN_STD", "ACTION": "MIN_MAX"}
 
 
-def new_policy(vision_backbone: str = "resnet18w4", **inputs: PolicyFeature) -> FunctionalPolicy:
+def small_policy(vision_backbone: str = "resnet18w4", **inputs: PolicyFeature) -> FunctionalPolicy:
+    """Initialize an ACT policy; `__` in the names of inputs stands for a dot."""
     config = dataclasses.replace(
         ACTConfig.tiny(),
         vision_backbone=vision_backbone,
         input_features={key.replace("__", "."): feature for key, feature in inputs.items()},
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (3,))},
         normalization_mapping={kind: NormalizationMode(mode) for kind, mode in MODES.items()},
-        pretrained_backbone_weights=None,
-        device="cpu",
     )
-    rng = np.random.default_rng(1)
-    stats = {}
-    for key, feature in {**config.input_features, **config.output_features}.items():
-        shape = (3, 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
-        low = rng.normal(0, 1, shape).astype(np.float32)
-        stats[key] = {"mean": low, "std": np.abs(low) + 0.5, "min": low - 1, "max": low + 2}
-    policy = make_policy(config, stats)
-    params, buffers = policy.init(jax.random.key(0))
-    return policy.replace(params=params, buffers=buffers)
+    return new_policy(config, action=3)
 
 
 IMAGE = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
@@ -50,7 +41,7 @@ ENV = PolicyFeature(FeatureType.ENV, (5,))
 
 @pytest.fixture(scope="module")
 def policy() -> FunctionalPolicy:
-    return new_policy(
+    return small_policy(
         observation__images__cam_high=IMAGE, observation__state=STATE, observation__environment_state=ENV
     )
 
@@ -202,7 +193,7 @@ def test_verify_reports_a_python_without_lerobot(folder: Path):
 @pytest.mark.lerobot
 def test_stock_lerobot_verifies_our_policies_and_contradicts_changed_ones(tmp_path: Path, capsys):
     folder, python = tmp_path / "policy", os.environ["LEROBOT_PYTHON"]
-    new_policy("resnet18", observation__images__cam_high=IMAGE, observation__state=STATE).save_pretrained(
+    small_policy("resnet18", observation__images__cam_high=IMAGE, observation__state=STATE).save_pretrained(
         folder
     )
     convert.main(["verify", str(folder), f"--lerobot_python={python}"])
@@ -220,7 +211,7 @@ def test_stock_lerobot_verifies_our_policies_and_contradicts_changed_ones(tmp_pa
 
 @pytest.mark.lerobot
 def test_old_policies_are_migrated_as_stock_lerobot_migrates_them(tmp_path: Path):
-    policy = new_policy("resnet18", observation__images__top=IMAGE, observation__state=STATE)
+    policy = small_policy("resnet18", observation__images__top=IMAGE, observation__state=STATE)
     old = make_old(policy, tmp_path / "old")
     program = (  # as its command, but the Hub, which cannot be reached, does not check the model card
         "import huggingface_hub; from lerobot.processor.migrate_policy_normalization import main; "
