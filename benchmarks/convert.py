@@ -8,6 +8,7 @@ times its size on the disk and a little more than its size in memory.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -85,8 +86,8 @@ def _random_state(module: nnx.Module) -> StateDict:
     tensors = {}
     for seed, entry in enumerate(torch_state.entries(module)):
         shape, _ = entry.torch_form(np.dtype(np.float32))
-        draw_it = lambda shape=shape, seed=seed: draw(shape, seed)  # noqa: E731
-        tensors[entry.keys[0]] = Tensor(shape, np.dtype(ml_dtypes.bfloat16), draw_it)
+        read = functools.partial(draw, shape, seed)
+        tensors[entry.keys[0]] = Tensor(shape, np.dtype(ml_dtypes.bfloat16), read)
     return StateDict(tensors)
 
 

@@ -264,6 +264,10 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
     Raises:
         InputError: naming the folder if it is damaged, does not fit, or has no averaged weights.
     """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; the weights of the last step are in a run's checkpoints only"
+        )
     params, buffers = jax.eval_shape(policy.init, jax.random.key(0))
     target: Tree = {"params": params, "buffers": buffers}
     try:

@@ -139,7 +139,9 @@ def test_from_torch_keeps_or_rounds_every_array(folder: Path, tmp_path: Path, dt
 def test_diff_says_what_differs(folder: Path, tmp_path: Path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     convert.main(["diff", str(folder), str(other)])
-    assert "equal, bit for bit" in capsys.readouterr().out
+    assert "and all settings are equal, bit for bit" in capsys.readouterr().out
+    convert.main(["diff", str(folder), str(other / "model.safetensors")])
+    assert "arrays are equal, bit for bit" in capsys.readouterr().out
     state = dict(state_dict.read(other))
     state["model.action_head.bias"] = state["model.action_head.bias"] + np.float32(0.5)
     state["model.action_head.weight"] = state["model.action_head.weight"].astype(np.float16)
@@ -162,6 +164,11 @@ def test_certify_accepts_what_was_changed(folder: Path):
     (folder / "config.json").write_text(json.dumps(config | {"n_action_steps": 1}))
     with pytest.raises(InputError, match=r"'n_action_steps' is 1"):
         load_policy(folder)
+    (folder / "policy_postprocessor.json").rename(folder / "aside.json")
+    with pytest.raises(InputError, match=r"policy_postprocessor.json: no such file"):
+        convert.main(["certify", str(folder)])
+    assert (folder / "certificate.safetensors").exists()
+    (folder / "aside.json").rename(folder / "policy_postprocessor.json")
     convert.main(["certify", str(folder)])
     assert load_policy(folder).config.n_action_steps == 1
 

@@ -108,7 +108,7 @@ def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path)
     """Averaged or raw weights, from a run, a checkpoint or its training_state, as they are or rounded."""
     train.main([*arguments, "--config.eval_steps=0", "--config.dataset.eval_split=0"])
     run, out = tmp_path / "run", tmp_path / "out"
-    saved = state_dict.read(run / "checkpoints/000020/pretrained_model")
+    saved = dict(state_dict.read(run / "checkpoints/000020/pretrained_model"))
     arrays = final_arrays(run)
     raw_bias = arrays["['params']['model']['action_head']['bias']"]
     assert (raw_bias != saved["model.action_head.bias"]).any()
@@ -118,6 +118,7 @@ def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path)
     checkpoints = run / "checkpoints"
     convert.main(["to-torch", str(checkpoints / "000020"), "--weights=raw", f"--output_dir={out}/raw"])
     np.testing.assert_array_equal(load_policy(out / "raw").params["model"]["action_head"]["bias"], raw_bias)
+    (checkpoints / "000020/pretrained_model/model.safetensors").unlink()
     source = checkpoints / "000020/training_state"
     convert.main(["to-torch", str(source), "--dtype=bfloat16", f"--output_dir={out}/half"])
     half = state_dict.read(out / "half")
