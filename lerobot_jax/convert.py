@@ -7,8 +7,8 @@
     python -m lerobot_jax.convert certify POLICY                           accept what was changed in its folder
 
 Checkpoints of a run hold a `pretrained_model/` that stock LeRobot loads as it is; `to-torch` is for other weights
-(raw instead of EMA), another type of numbers, or a checkpoint without its model.safetensors. Add --help to a command
-for more.
+(raw instead of EMA), another type of numbers, or a checkpoint without its model.safetensors. Add --help to a
+command for more.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def verify(config: Verify) -> None:
         if name.removeprefix("preprocessed/") in policy.config.image_features:
             value = np.moveaxis(value, -1, -3)
         largest = np.abs(value).max()
-        allowed = recorded["tolerance"] if name == "action" else np.float32(1e-5 * max(1.0, largest))
+        allowed = recorded["tolerance"] if name == "action" else np.float32(1e-6 * max(1.0, largest))
         if stock[name].shape != value.shape:
             raise InputError(f"{name} has shape {stock[name].shape} in stock LeRobot, {value.shape} here")
         difference = np.abs(stock[name] - value)
