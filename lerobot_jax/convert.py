@@ -234,7 +234,7 @@ def _run_stock(python: str, folder: Path, given: Path, out: Path) -> None:
     except OSError as error:
         raise InputError(f"--lerobot_python={python} cannot be run ({error.strerror})") from None
     if process.returncode:
-        lines = process.stderr.strip().splitlines()[-3:]
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip(" ^~")][-3:]
         raise InputError(f"stock LeRobot ({python}) could not run {folder}: {' / '.join(lines)}")
 
 
