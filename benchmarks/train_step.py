@@ -52,7 +52,7 @@ def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], No
     from lerobot_jax.features import FeatureType, PolicyFeature
     from lerobot_jax.policies.act import ACTConfig
     from lerobot_jax.policies.base import make_policy
-    from lerobot_jax.train import make_train_step
+    from lerobot_jax.train import make_loss, make_train_step
 
     config = ACTConfig(
         input_features={
@@ -69,7 +69,8 @@ def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], No
     optimizer = optim.make_optimizer(train_config, params)
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "buffers": buffers}
     state["opt_state"] = optimizer.init(params)
-    train_step = jax.jit(make_train_step(policy, optimizer, train_config), donate_argnums=0)
+    loss_fn = make_loss(policy, policy.preprocess, ["pusht"])
+    train_step = jax.jit(make_train_step(loss_fn, optimizer, train_config), donate_argnums=0)
     key = jax.random.key(0)
     batches = make_batches(batch_size, config.chunk_size)
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,18 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import CONFIG_NAME
+from lerobot_jax.processors import PREPROCESSOR_NAME, load_pipelines
 
 Tree = dict[str, Any]
 
 CHECKPOINTS, PRETRAINED_MODEL, TRAINING_STATE = "checkpoints", "pretrained_model", "training_state"
+DATASETS = "datasets"  # in pretrained_model of a run on a mixture: the processors for each dataset
 TRAIN_CONFIG_NAME = "train_config.json"
 # What may differ between a run and its continuation without changing what is computed up to the same step.
 FREE_ON_RESUME = (
     "resume",
     "dataset.root",
+    "dataset.frame_mode",
     "dataset.frame_cache_gb",
     "output_dir",
     "job_name",
@@ -79,11 +83,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
         before = read_json(folder / TRAIN_CONFIG_NAME)
-        if config.dataset.revision is None:
-            revision = before["dataset"]["revision"]
-            config = dataclasses.replace(
-                config, dataset=dataclasses.replace(config.dataset, revision=revision)
-            )
+        config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])
         for rest in (folder / CHECKPOINTS).glob(".*"):
@@ -95,6 +95,16 @@ def open_run(config: TrainConfig) -> TrainConfig:
             "folder with --config.output_dir=..."
         )
     return config
+
+
+def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConfig:
+    """Put the commits of the datasets that a run began with where the config names none."""
+    recorded = [source["revision"] for source in before["mixture"]] or [before["revision"]]
+    given = [source.revision for source in config.dataset.sources]
+    if len(recorded) != len(given):
+        return config  # another mixture: `_check_same` says so
+    revisions = [new or old for new, old in zip(given, recorded, strict=True)]
+    return dataclasses.replace(config, dataset=config.dataset.pinned(revisions))
 
 
 def write_train_config(config: TrainConfig) -> None:
@@ -145,8 +155,18 @@ def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
 class CheckpointWriter:
     """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
 
-    def __init__(self, config: TrainConfig, policy: FunctionalPolicy):
-        self._config, self._policy = config, policy
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: FunctionalPolicy,
+        variants: Mapping[str, FunctionalPolicy] | None = None,
+    ):
+        """Args:
+        config: the run's.
+        policy: what is saved.
+        variants: in a mixture, the same policy with the processors for each dataset, by the dataset's name.
+        """
+        self._config, self._policy, self._variants = config, policy, dict(variants or {})
         self._folder = config.run_dir.resolve() / CHECKPOINTS
         self._certifier = Certifier(policy)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -191,6 +211,8 @@ class CheckpointWriter:
             try:
                 model = partial / PRETRAINED_MODEL
                 self._policy.replace(**weights).save_pretrained(model, certified)
+                for dataset, variant in self._variants.items():
+                    variant.save_processors(model / DATASETS / dataset)
                 write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
             finally:
                 self._orbax.wait_until_finished()
@@ -234,6 +256,23 @@ class CheckpointWriter:
             f"{self._folder / name}: could not save the checkpoint ({error}); {last}; make room, then continue "
             "with --config.resume=True"
         )
+
+
+def load_variant(policy: FunctionalPolicy, folder: Path, dataset: str) -> FunctionalPolicy:
+    """Give a policy the processors for one dataset of the mixture that it was trained on.
+
+    Raises:
+        InputError: listing the datasets that the policy's folder has processors for.
+    """
+    known = sorted(
+        str(path.parent.relative_to(folder / DATASETS))
+        for path in (folder / DATASETS).rglob(f"{PREPROCESSOR_NAME}.json")
+    )
+    if dataset not in known:
+        there = f"it has {', '.join(known)}" if known else "it was not trained on a mixture"
+        raise InputError(f"{folder}: no processors for dataset '{dataset}'; {there}")
+    pre, post = load_pipelines(folder / DATASETS / dataset)
+    return policy.replace(preprocessor=pre, postprocessor=post)
 
 
 def restore(run_dir: Path, step: int, target: Tree) -> Tree:
@@ -303,9 +342,17 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
         if isinstance(before, dict) and isinstance(now, dict):
             for key in sorted(set(before) | set(now)):
                 if f"{name}.{key}" not in FREE_ON_RESUME:
-                    _check_equal(f"{name}.{key}", before.get(key), now.get(key), where)
+                    pair = [
+                        _without_roots(value) if key == "mixture" else value
+                        for value in (before.get(key), now.get(key))
+                    ]
+                    _check_equal(f"{name}.{key}", *pair, where)
         else:
             _check_equal(name, before, now, where)
+
+
+def _without_roots(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [source | {"root": None} for source in mixture]
 
 
 def _check_equal(name: str, before: Any, now: Any, where: Path) -> None:

@@ -21,6 +21,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.transforms import ImageTransformsConfig
 
 T = TypeVar("T")
 
@@ -31,27 +32,89 @@ fields with --config.FIELD=VALUE. With a recipe, the defaults below are the reci
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of a mixture."""
+
+    repo_id: str
+    """A name in LeRobot's cache or on the Hub."""
+    weight: float = 1.0
+    """How often it is drawn, relative to the others."""
+    root: str | None = None
+    """Its folder, if it is neither in LeRobot's cache nor on the Hub."""
+    episodes: tuple[int, ...] | None = None
+    """The episodes to use; None: all."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. The run records the commit."""
+    rename_map: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    """Observation key in this dataset -> in the policy, when they differ."""
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"dataset.mixture: weight of {self.repo_id} must be positive, not {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """What to train on."""
 
     repo_id: str = "builtin/pusht"
     """The dataset: builtin/pusht, builtin/pusht_keypoints, a name in LeRobot's cache, or a name on the Hub."""
     root: str | None = None
-    """Its folder, if it is neither in LeRobot's cache nor on the Hub."""
+    """Its folder, if it is neither in LeRobot's cache nor on the Hub; with streaming also a URL."""
     episodes: tuple[int, ...] | None = None
     """The episodes to use; None: all."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub; None: the tag v3.0. The run records the commit."""
+    """Branch, tag or commit on the Hub; None: the tag v3.0, or v2.1. The run records the commit."""
+    mixture: tuple[SourceConfig, ...] = ()
+    """Several datasets to train on instead of repo_id; a recipe lists them. Evaluation and the saved policy use the
+    normalization of the first; `convert to-torch --dataset=NAME` makes the policy for another."""
     use_imagenet_stats: bool = True
     """Normalize images with ImageNet's mean and standard deviation instead of the dataset's."""
+    image_size: tuple[int, int] | None = None
+    """Resize camera frames to (height, width); the saved policy then resizes what the robot sees."""
+    image_transforms: ImageTransformsConfig = dataclasses.field(default_factory=ImageTransformsConfig)
+    """Random changes of the images in training, on the device."""
     eval_split: float = 0.0
     """Fraction of episodes of each task that is held out for the validation loss: the last ones."""
-    frame_cache_gb: float = 8.0
-    """Keep decoded camera frames on disk if they take at most this many GB; else decode on demand."""
+    frame_mode: Literal["auto", "device", "cache", "decode"] = "auto"
+    """Where frames come from: the device's memory, a cache of decoded frames on disk, or the videos."""
+    frame_cache_gb: float = 50.0
+    """The cache of decoded frames, of all datasets together, may take this many GB."""
+    streaming: bool = False
+    """Download the files while they are needed, and never keep them all."""
+    buffer_size: int = 10_000
+    """With streaming: how many frames are shuffled together."""
 
     def __post_init__(self):
         if not 0 <= self.eval_split < 1:
             raise ValueError(f"dataset.eval_split must be in [0, 1), not {self.eval_split}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise ValueError(f"dataset.image_size must be positive, not {self.image_size}")
+        if self.frame_cache_gb < 0 or self.buffer_size < 1:
+            raise ValueError("dataset.frame_cache_gb must not be negative, buffer_size must be positive")
+        if self.mixture and self.streaming:
+            raise ValueError("dataset.streaming works with one dataset, not with a mixture")
+        names = [source.repo_id for source in self.mixture]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"dataset.mixture: every dataset once, not {names}; weight tells how often it counts"
+            )
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The datasets: those of the mixture, or the only one."""
+        return self.mixture or (
+            SourceConfig(self.repo_id, root=self.root, episodes=self.episodes, revision=self.revision),
+        )
+
+    def pinned(self, revisions: Sequence[str | None]) -> "DatasetConfig":
+        """Give the same with the commits at which the sources were found."""
+        if not self.mixture:
+            return dataclasses.replace(self, revision=revisions[0])
+        pairs = zip(self.mixture, revisions, strict=True)
+        return dataclasses.replace(
+            self, mixture=tuple(dataclasses.replace(source, revision=commit) for source, commit in pairs)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +297,8 @@ class TrainConfig:
         for name in ("log_freq", "eval_steps", "max_eval_samples", "env_eval_freq", "save_freq", "keep_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, it is {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
         if self.eval_steps and not self.dataset.eval_split:
@@ -244,6 +309,8 @@ class TrainConfig:
             raise ValueError(
                 "rename_map needs policy.pretrained_path: a new policy takes the dataset's names"
             )
+        if self.rename_map and self.dataset.mixture:
+            raise ValueError("with dataset.mixture, each dataset has a rename_map of its own")
 
     @property
     def name(self) -> str:
@@ -259,7 +326,8 @@ class TrainConfig:
         """Give the content of train_config.json."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data |= {name: dataclasses.asdict(v) for name, v in data.items() if dataclasses.is_dataclass(v)}
-        return data | {"policy": self.policy.to_dict()}
+        target = dataclasses.asdict(self.policy.action_target)
+        return data | {"policy": self.policy.to_dict() | {"action_target": target}}
 
 
 def load_config(argv: Sequence[str]) -> TrainConfig:

@@ -28,7 +28,13 @@ from absl import logging
 
 from lerobot_jax import certificate, state_dict
 from lerobot_jax.certificate import CERTIFICATE_NAME, JSON_FILES, Certifier, setting_changes
-from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME, TRAINING_STATE, find_pretrained_model, restore_weights
+from lerobot_jax.checkpoint import (
+    TRAIN_CONFIG_NAME,
+    TRAINING_STATE,
+    find_pretrained_model,
+    load_variant,
+    restore_weights,
+)
 from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import parse
 from lerobot_jax.errors import InputError, reported_on_one_line
@@ -53,6 +59,8 @@ class ToTorch:
     """The new folder."""
     weights: Literal["ema", "raw"] | None = None
     """The averaged weights or those of the last step; None: the averaged ones if there are any."""
+    dataset: str | None = None
+    """For a run on a mixture: the dataset whose robot the policy is for; None: the first one."""
     dtype: Dtype | None = None
     """Round the weights to this type; None: as they are."""
 
@@ -112,7 +120,10 @@ class Certify:
 
 def to_torch(config: ToTorch) -> None:
     folder = find_pretrained_model(Path(config.path))
-    policy = restore_weights(base.load_structure(folder), folder.parent / TRAINING_STATE, config.weights)
+    policy = base.load_structure(folder)
+    if config.dataset is not None:
+        policy = load_variant(policy, folder, config.dataset)
+    policy = restore_weights(policy, folder.parent / TRAINING_STATE, config.weights)
     _save(policy, config.dtype, Path(config.output_dir), folder)
 
 

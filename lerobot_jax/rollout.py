@@ -1,7 +1,11 @@
 """From a policy that predicts chunks to one action a step: action queue and temporal ensembling.
 
 Host-side objects beside the policies. Mirrors `lerobot.policies.act.modeling_act` (`select_action`,
-`ACTTemporalEnsembler`).
+`ACTTemporalEnsembler`), with one difference, on purpose: a whole chunk becomes actions in the environment's units,
+with the state of the observation that it was predicted from, before its actions are queued or averaged. LeRobot's
+`select_action` queues what the policy predicts, and the postprocessor adds the state at the time of execution, so
+relative actions drift from the second of a chunk on (in `lerobot-eval`, unless n_action_steps is 1); therefore
+`lerobot-rollout` refuses them unless it runs whole chunks (`--inference.type=rtc`, of policies that can).
 """
 
 import math
@@ -81,7 +85,6 @@ class Runner:
         self._seed_key = jax.random.key(seed)
         self.load(policy.params, policy.buffers)
         self._predict = jax.jit(self._predict_chunk)
-        self._postprocess = jax.jit(policy.postprocess)
         self._execution = [self._new_execution() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
@@ -122,18 +125,16 @@ class Runner:
                 )
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(np.asarray(chunk)[0])
-        actions = {}
-        for i in wanted:
-            actions[i] = self._postprocess(self._execution[i].next_action()[None], rows[i])
-            self._step[i] += 1
         result = np.zeros((len(self._execution), *self.policy.config.action_feature.shape), np.float32)
-        for i, action in actions.items():
-            result[i] = np.asarray(action)[0]
+        for i in wanted:
+            result[i] = self._execution[i].next_action()
+            self._step[i] += 1
         return result
 
     def _predict_chunk(self, params, buffers, observation, seed_key, episode, step):
         key = jax.random.fold_in(jax.random.fold_in(seed_key, episode), step)
-        return self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
+        chunk = self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
+        return self.policy.postprocess(chunk, observation)
 
     def _new_execution(self) -> ActionQueue | TemporalEnsembler:
         config: Any = self.policy.config

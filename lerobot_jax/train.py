@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,27 +20,26 @@ import numpy as np
 import optax
 from absl import logging
 
-from lerobot_jax import checkpoint, optim, sharding
+from lerobot_jax import checkpoint, optim, sharding, training_data
 from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
-from lerobot_jax.data.dataset import LeRobotDataset, split_episodes
-from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.windows import policy_delta_timestamps
+from lerobot_jax.data.mixture import DATASET_INDEX
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
-from lerobot_jax.features import ACTION, FeatureType, dataset_to_policy_features
+from lerobot_jax.features import ACTION
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.processors import RenameObservations
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.push_to_hub import check_before_training, push_to_hub
+from lerobot_jax.transforms import random_transforms
 from lerobot_jax.visualize import plot_curves
 
 Tree = dict[str, Any]
-IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,15 +48,12 @@ def main(argv: Sequence[str]) -> None:
     config = checkpoint.open_run(load_config(argv))
     if config.policy.push_to_hub:
         check_before_training(config)
-    dataset = open_dataset(config)
-    if dataset.revision is not None:  # from the Hub: the run keeps to this commit
-        pinned = dataclasses.replace(config.dataset, revision=dataset.revision)
-        config = dataclasses.replace(config, dataset=pinned)
-    train_episodes, held_out = split_episodes(dataset.meta, dataset.episodes, config.dataset.eval_split)
-    train_rows = dataset.rows_of(train_episodes, config.policy.drop_n_last_frames)
-    held_out_rows = dataset.first_rows(held_out, config.max_eval_samples)
-    policy = build_policy(config, dataset)
-    keys = batch_keys(config, policy)
+    sources = training_data.open_sources(config)
+    # What comes from the Hub is pinned: the run keeps to these commits.
+    revisions = [source.meta.revision or source.config.revision for source in sources]
+    config = dataclasses.replace(config, dataset=config.dataset.pinned(revisions))
+    policies = training_data.build_policies(config, sources)
+    policy = policies[0]
     if config.env.type is not None:
         check_environment(policy.config, config.env)
     if config.wandb.enable:
@@ -66,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
     accumulation = config.gradient_accumulation_steps
     split_over_devices = sharding.batch_sharding(mesh, config.batch_size, axis=int(accumulation > 1))
     on_every_device = sharding.replicated(mesh)
+    batch_size = config.batch_size * accumulation
+    flat = sharding.batch_sharding(mesh, batch_size)
+    samples = training_data.training_samples(config, sources, policy, on_every_device, flat)
     checkpoint.write_train_config(config)
 
     # The train state: all that a step reads and changes.
@@ -92,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
         if config.policy.pretrained_path is None:
             arrays = base.load_pretrained_parts(policy, *compile_quickly(policy.init, init_key)(init_key))
         state = jax.jit(make_state, out_shardings=on_every_device)(*arrays)
-    policy = policy.replace(params={}, buffers={})  # from here on, the arrays are in the state
+    # From here on, the arrays are in the state.
+    policies = [each.replace(params={}, buffers={}) for each in policies]
+    policy = policies[0]
     step = first_step = int(state["step"])
     num_params = sum(x.size for x in jax.tree.leaves(state["params"]))
     logging.info(
@@ -100,20 +101,17 @@ def main(argv: Sequence[str]) -> None:
         config.run_dir,
         policy.config.type,
         f"{num_params:,}",
-        len(train_episodes),
-        len(train_rows),
-        config.batch_size * accumulation,
+        sum(len(source.train_episodes) for source in sources),
+        sum(source.num_train_frames(policy.config.drop_n_last_frames) for source in sources),
+        batch_size,
         mesh.size,
         jax.default_backend(),
     )
 
     # Batches, and the compiled step
     batches = loader.training_batches(
-        dataset,
-        train_rows,
-        keys,
-        config.batch_size * accumulation,
-        seed=config.seed,
+        samples,
+        batch_size,
         first_step=first_step,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor,
@@ -124,15 +122,18 @@ def main(argv: Sequence[str]) -> None:
     batches = loader.prefetch_to_device(batches, split_over_devices)
     first_batch = next(batches)
     started = time.monotonic()
-    train_step = jax.jit(make_train_step(policy, optimizer, config), donate_argnums=0)
+    preprocess = make_preprocess(policies)
+    loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
+    train_step = jax.jit(make_train_step(loss_fn, optimizer, config), donate_argnums=0)
     train_step = train_step.lower(state, first_batch, step_key).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)
-    eval_loss = jax.jit(make_eval_loss(policy))
+    eval_loss = jax.jit(make_eval_loss(policy, preprocess))
     runner = policy.make_runner(config.eval.num_envs, config.seed)
 
     # The loop
     metrics_log = MetricsLog(config, first_step)
-    writer = checkpoint.CheckpointWriter(config, policy)
+    variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
+    writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
     pending: list[dict[str, jax.Array]] = []
     batch, data_wait, since = first_batch, 0.0, time.monotonic()
     with StopRequest() as stop, progress_bar("training", config.steps, "step", initial=first_step) as bar:
@@ -151,11 +152,11 @@ def main(argv: Sequence[str]) -> None:
             is_best = False
 
             if step % max(1, config.log_freq) == 0 or is_last:
-                means = {k: float(np.mean([m[k] for m in jax.device_get(pending)])) for k in metrics}
+                means = mean_metrics(jax.device_get(pending))
                 seconds = time.monotonic() - since
                 means["lr"] = float(metrics["lr"])
                 means["steps_per_s"] = len(pending) / seconds
-                means["samples_per_s"] = means["steps_per_s"] * config.batch_size * accumulation
+                means["samples_per_s"] = means["steps_per_s"] * batch_size
                 means["data_wait"] = data_wait / seconds
                 check_finite(means["loss"], step, config)
                 metrics_log.write(step, means)
@@ -164,9 +165,9 @@ def main(argv: Sequence[str]) -> None:
                 pending, data_wait, since = [], 0.0, time.monotonic()
 
             if config.eval_steps and (step % config.eval_steps == 0 or is_last):
-                held_out_batches = loader.validation_batches(dataset, held_out_rows, keys, config.batch_size)
-                loss = mean_loss(eval_loss, weights, held_out_batches, eval_key)
-                is_best |= metrics_log.write_scored(step, {"eval_loss": loss})
+                held_out = training_data.held_out_batches(config, sources, policy, samples)
+                losses = held_out_losses(eval_loss, weights, held_out, eval_key)
+                is_best |= metrics_log.write_scored(step, losses)
                 since = time.monotonic()
 
             if config.env.type and config.env_eval_freq and (step % config.env_eval_freq == 0 or is_last):
@@ -209,85 +210,68 @@ def main(argv: Sequence[str]) -> None:
         logging.info(
             "uploading it, as does python -m lerobot_jax.push_to_hub %s --repo_id=%s", config.run_dir, repo_id
         )
-        url = push_to_hub(config.run_dir, repo_id, private=private, dataset=dataset.meta)
+        url = push_to_hub(config.run_dir, repo_id, private=private, dataset=sources[0].meta)
         logging.info("Model pushed to %s", url)
 
 
-def open_dataset(config: TrainConfig) -> LeRobotDataset:
-    """Open the dataset with the windows and cameras that the policy wants; make it first if it is built in."""
-    if config.dataset.root is None and config.dataset.repo_id.startswith("builtin/"):
-        from lerobot_jax.envs.demonstrations import make_builtin_dataset
+def make_preprocess(policies: Sequence[FunctionalPolicy]):
+    """Give the preprocessing of raw batches; in a mixture, a sample has the statistics of its own dataset."""
+    if len(policies) == 1:
+        return policies[0].preprocess
+    # The samples of a mixture have the policy's names already.
+    pipelines = [each.preprocessor.replace(RenameObservations({})) for each in policies]
+    policies = [each.replace(preprocessor=pre) for each, pre in zip(policies, pipelines, strict=True)]
 
-        make_builtin_dataset(config.dataset.repo_id)
-    source = config.dataset
-    meta = LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
-    original = {new: old for old, new in config.rename_map.items()}
-    images = [original.get(key, key) for key in config.policy.image_features]
-    return LeRobotDataset(
-        source.repo_id,
-        root=source.root,
-        episodes=source.episodes,
-        delta_timestamps=policy_delta_timestamps(config.policy, meta.features, meta.fps),
-        tolerance_s=config.tolerance_s,
-        revision=source.revision,
-        frame_cache_gb=source.frame_cache_gb,
-        cameras=images if config.policy.input_features else None,
-    )
+    def preprocess(batch: Tree) -> Tree:
+        which = batch[DATASET_INDEX]
+        versions = [each.preprocess(batch) for each in policies]
+
+        def select(*values: jax.Array) -> jax.Array:
+            chosen = which.reshape(-1, *(1,) * (values[0].ndim - 1))
+            return jax.lax.select_n(jnp.broadcast_to(chosen, values[0].shape), *values)
+
+        return jax.tree.map(select, *versions)
+
+    return preprocess
 
 
-def build_policy(config: TrainConfig, dataset: LeRobotDataset) -> FunctionalPolicy:
-    """Fit the policy's features and statistics to the dataset; load its weights if it starts from others.
+def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
+    """Give `loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` of raw batches, in training.
 
-    Raises:
-        InputError: naming a feature that the dataset lacks or has in another shape, or missing statistics.
+    In a mixture, the metrics tell the loss of each dataset by name; NaN if a batch has none of its samples.
     """
-    rename = config.rename_map
-    available = {rename.get(k, k): f for k, f in dataset_to_policy_features(dataset.features).items()}
-    stats = {rename.get(k, k): dict(values) for k, values in dataset.meta.stats.items()}
-    outputs = {k: f for k, f in available.items() if f.type == FeatureType.ACTION}
-    inputs = config.policy.input_features or {k: f for k, f in available.items() if k not in outputs}
-    for name, features in (("input", inputs), ("output", config.policy.output_features)):
-        for key, feature in features.items():
-            if available.get(key) != feature:
-                has = f"in shape {available[key].shape}" if key in available else f"only {sorted(available)}"
-                raise InputError(
-                    f"policy.{name}_features: '{key}' of shape {feature.shape} is needed, dataset "
-                    f"{config.dataset.repo_id} has it {has}; rename_map can rename"
-                )
-    if config.dataset.use_imagenet_stats:
-        for key, feature in inputs.items():
-            if feature.type == FeatureType.VISUAL:
-                images = {name: np.array(v).reshape(3, 1, 1) for name, v in IMAGENET_STATS.items()}
-                stats[key] = stats.get(key, {}) | images
-    policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
-    policy = base.make_policy(policy_config, stats, rename)
-    if policy_config.pretrained_path is not None:
-        pretrained = base.load_policy(
-            policy_config.pretrained_path, policy_config.pretrained_revision, policy.config
+
+    def mean_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        loss, (metrics, buffers) = policy.loss_fn(params, buffers, preprocess(batch), key, train=True)
+        return loss, ({"loss": loss, **metrics}, buffers)
+
+    def mixed_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        losses, (metrics, buffers) = policy.loss_fn(
+            params, buffers, preprocess(batch), key, train=True, reduction="none"
         )
-        policy = policy.replace(params=pretrained.params, buffers=pretrained.buffers)
-    return policy
+        loss = jnp.mean(losses)
+        metrics = {"loss": loss, **metrics}
+        for i, name in enumerate(names):
+            metrics[f"loss/{name}"] = jnp.mean(losses, where=batch[DATASET_INDEX] == i)
+        return loss, (metrics, buffers)
+
+    return mean_loss if len(names) == 1 else mixed_loss
 
 
-def batch_keys(config: TrainConfig, policy: FunctionalPolicy) -> list[str]:
-    """List what a batch needs: the policy's inputs under the dataset's names, actions, padding."""
-    original = {new: old for old, new in config.rename_map.items()}
-    keys = [original.get(key, key) for key in (*policy.config.input_features, *policy.config.output_features)]
-    return keys + [f"{key}_is_pad" for key in keys]
-
-
-def make_train_step(policy: FunctionalPolicy, optimizer: optax.GradientTransformation, config: TrainConfig):
-    """Give `step(state, batch, key) -> (state, metrics)`: gradients, clipping, optimizer, EMA.
+def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, config: TrainConfig):
+    """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
 
     All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
     axis of micro-batches.
     """
+    augment = random_transforms(config.dataset.image_transforms)
 
-    def loss_fn(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
-        loss, (metrics, buffers) = policy.loss_fn(params, buffers, policy.preprocess(batch), key, train=True)
-        return loss, ({"loss": loss, **metrics}, buffers)
+    def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
+        images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8}
+        return loss_fn(params, buffers, batch | augment(augment_key, images), key)
 
-    gradient = jax.grad(loss_fn, has_aux=True)
+    gradient = jax.grad(augmented_loss, has_aux=True)
 
     def accumulated_gradient(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         num = config.gradient_accumulation_steps
@@ -301,7 +285,7 @@ def make_train_step(policy: FunctionalPolicy, optimizer: optax.GradientTransform
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
-        return jax.tree.map(lambda g: g / num, total), (jax.tree.map(jnp.mean, metrics), buffers)
+        return jax.tree.map(lambda g: g / num, total), (jax.tree.map(jnp.nanmean, metrics), buffers)
 
     schedule, base_lr = optim.make_schedule(config), optim.optimizer_settings(config)["lr"]
 
@@ -321,23 +305,41 @@ def make_train_step(policy: FunctionalPolicy, optimizer: optax.GradientTransform
     return train_step
 
 
-def make_eval_loss(policy: FunctionalPolicy):
+def make_eval_loss(policy: FunctionalPolicy, preprocess: Any):
     """Give `loss(weights, batch, key)` without dropout and with noise that depends on `key` only."""
 
     def eval_loss(weights: Tree, batch: Tree, key: jax.Array) -> jax.Array:
-        batch = policy.preprocess(batch)
-        return policy.loss_fn(weights["params"], weights["buffers"], batch, key, train=False)[0]
+        return policy.loss_fn(weights["params"], weights["buffers"], preprocess(batch), key, train=False)[0]
 
     return eval_loss
 
 
-def mean_loss(eval_loss: Any, weights: Tree, batches: Iterable[Tree], key: jax.Array) -> float:
-    """Average a loss over batches, weighted by their sizes."""
-    losses, sizes = [], []
-    for i, batch in enumerate(batches):
-        losses.append(float(eval_loss(weights, batch, jax.random.fold_in(key, i))))
-        sizes.append(len(batch[ACTION]))
-    return float(np.average(losses, weights=sizes))
+def held_out_losses(
+    eval_loss: Any, weights: Tree, held_out: Mapping[str, Iterable[Tree]], key: jax.Array
+) -> dict[str, float]:
+    """Average the loss over all held-out samples, and over those of each dataset if there are several."""
+    sums, sizes = {}, {}
+    for name, batches in held_out.items():
+        losses = [
+            (float(eval_loss(weights, batch, jax.random.fold_in(key, i))), len(batch[ACTION]))
+            for i, batch in enumerate(batches)
+        ]
+        sums[name], sizes[name] = sum(loss * n for loss, n in losses), sum(n for _, n in losses)
+    result = {"eval_loss": sum(sums.values()) / sum(sizes.values())}
+    if len(sums) > 1:
+        result |= {f"eval_loss/{name}": sums[name] / size for name, size in sizes.items() if size}
+    return result
+
+
+def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
+    """Average the metrics of some steps; what no step has (a dataset that was not drawn) is left out."""
+    found = {}
+    for name in steps[0]:
+        values = np.array([step[name] for step in steps])
+        known = values[~np.isnan(values)] if name.startswith("loss/") else values
+        if len(known):
+            found[name] = float(np.mean(known))
+    return found
 
 
 def check_finite(loss: float, step: int, config: TrainConfig) -> None:

@@ -167,7 +167,7 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
 
     def predict(params, buffers, observation, key):
         actions = policy.sample_actions(params, buffers, policy.preprocess(observation), key)
-        return policy.postprocess(actions)
+        return policy.postprocess(actions, observation)
 
     observation = {key: batch[key] for key in policy.config.input_features}
     predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))
@@ -219,8 +219,9 @@ def _style(ax: Axes, title: str, xlabel: str) -> None:
 
 def _action_names(feature: dict[str, Any], dims: int) -> list[str]:
     names = feature.get("names")
-    if isinstance(names, dict):
-        names = next(iter(names.values()), None)
+    if isinstance(names, dict):  # {"motors": [names]}, or {name: place}
+        groups = list(names.values())
+        names = groups[0] if groups and isinstance(groups[0], list) else list(names)
     return list(names) if names is not None and len(names) == dims else [f"{ACTION} {i}" for i in range(dims)]
 
 

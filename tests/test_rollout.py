@@ -8,6 +8,8 @@ import pytest
 from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.processors import ActionTarget, default_pipelines
+from lerobot_jax.processors.actions import Representation
 from lerobot_jax.processors.steps import RenameObservations
 from lerobot_jax.processors.text import TokenizeTask
 from lerobot_jax.rollout import ActionQueue, TemporalEnsembler
@@ -131,3 +133,61 @@ def test_ensembling_is_used_when_configured(policy: FunctionalPolicy):
     plain = [queued.select_action(observations(1, seed=t)) for t in range(3)]
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-6)
     assert not np.allclose(found[2], plain[2])
+
+
+def moving_policy(policy: FunctionalPolicy, target: ActionTarget, **settings) -> FunctionalPolicy:
+    """Give a policy with other targets; with statistics of each step, zeros mean one unit further at every step."""
+    means = np.zeros((2,), np.float32)
+    if target.statistics_per_step:
+        further = [1, 2, 3, 4] if target.representation == "relative" else [1, 1, 1, 1]
+        means = np.array(further, np.float32)[:, None] * np.ones((4, 2), np.float32)
+    stats = policy.preprocessor.steps[-1].stats | {"action": {"mean": means, "std": np.ones_like(means)}}
+    config = dataclasses.replace(policy.config, **settings)
+    features = config.input_features, config.output_features
+    pre, post = default_pipelines(*features, config.normalization_mapping, stats, "cpu", target=target)
+    return policy.replace(config=config, preprocessor=pre, postprocessor=post)
+
+
+def roll(policy: FunctionalPolicy, monkeypatch: pytest.MonkeyPatch, predicted: list[float]) -> np.ndarray:
+    """Run two robots that move by one unit a step, 100 units apart; give their actions (step, robot)."""
+    chunk = np.array(predicted, np.float32)[None, :, None] * np.ones((1, 4, 2), np.float32)
+    monkeypatch.setattr(FunctionalPolicy, "sample_actions", lambda *_: jax.numpy.asarray(chunk))
+    runner, actions = policy.make_runner(2), []
+    for t in range(7):
+        rows = observations(2)
+        rows["observation.state"] = np.array([[t] * 3, [100 + t] * 3], np.float32)
+        actions.append(runner.select_action(rows))
+    return np.stack(actions)[..., 0]
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("representation", ["relative", "delta"])
+@pytest.mark.parametrize("n_action_steps", [1, 3, 4])
+def test_a_chunk_is_relative_to_the_state_that_it_was_predicted_from(
+    policy: FunctionalPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+    representation: Representation,
+    per_step: bool,
+    n_action_steps: int,
+):
+    """A robot that moves by one unit a step is told the next unit at every step, however old the chunk is.
+
+    With the state at the time of execution instead, as in LeRobot's `select_action`, the steps would grow.
+    """
+    target = ActionTarget(representation, statistics_per_step=per_step)
+    moving = moving_policy(policy, target, n_action_steps=n_action_steps)
+    predicted = [0, 0, 0, 0] if per_step else {"relative": [1, 2, 3, 4]}.get(representation, [1, 1, 1, 1])
+    actions = roll(moving, monkeypatch, predicted)
+    np.testing.assert_allclose(actions, np.arange(1, 8)[:, None] + [[0, 100]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("representation", ["relative", "delta"])
+def test_ensembling_averages_absolute_actions(
+    policy: FunctionalPolicy, monkeypatch: pytest.MonkeyPatch, representation: Representation
+):
+    """All chunks agree on where the robot should be, so their average is that place."""
+    settings = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.5}
+    moving = moving_policy(policy, ActionTarget(representation), **settings)
+    predicted = [1.0, 2, 3, 4] if representation == "relative" else [1.0, 1, 1, 1]
+    actions = roll(moving, monkeypatch, predicted)
+    np.testing.assert_allclose(actions, np.arange(1, 8)[:, None] + [[0, 100]], rtol=1e-6)

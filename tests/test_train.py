@@ -19,9 +19,12 @@ import safetensors.numpy
 
 from lerobot_jax import certificate, checkpoint, convert, state_dict, train
 from lerobot_jax.config import load_config
+from lerobot_jax.data.dataset import LeRobotDataset
+from lerobot_jax.data.target_statistics import target_statistics
 from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
+from lerobot_jax.processors import ActionTarget
 from tests.data.recordings import record
 
 RECIPE = """
@@ -384,3 +387,44 @@ def test_too_little_space_is_told_before_writing(arguments: list[str], tmp_path:
         InputError, match=r"could not save the checkpoint .*MB needed, 0 MB free\); there is none yet"
     ):
         train.main(arguments)
+
+
+def test_a_run_with_other_targets(arguments: list[str], root: Path, tmp_path: Path):
+    """Statistics are those of what is predicted; resuming, exporting and fine-tuning keep the target."""
+    few = ["--config.steps=2", "--config.eval_steps=0", "--config.save_freq=1"]
+    delta = "--config.policy.action_target.representation=delta"
+    train.main([*arguments, *few, delta])
+    folder = tmp_path / "run/checkpoints/last/pretrained_model"
+    policy = load_policy(folder)
+    dataset = LeRobotDataset("test", root)
+    expected = target_statistics(dataset.columns, ActionTarget("delta"), range(4))
+    for name, value in expected.items():
+        np.testing.assert_allclose(policy.postprocessor.steps[0].stats["action"][name], value, rtol=1e-6)
+    with pytest.raises(
+        InputError, match=r"policy.action_target is .*absolute.*the run to resume had .*delta"
+    ):
+        train.main([*arguments, *few, "--config.resume=True", "--config.steps=4"])
+    train.main([*arguments, *few, delta, "--config.resume=True", "--config.steps=3"])
+    tuned = [
+        arguments[0],
+        f"--config.output_dir={tmp_path / 'tuned'}",
+        f"--config.policy.pretrained_path={folder}",
+    ]
+    train.main([*tuned, *few])
+    tuned_policy = load_policy(tmp_path / "tuned/checkpoints/last/pretrained_model")
+    assert tuned_policy.config.action_target == policy.config.action_target == ActionTarget("delta")
+
+
+def test_quantiles_that_stats_json_lacks_are_computed(arguments: list[str], root: Path, tmp_path: Path):
+    old = shutil.copytree(root, tmp_path / "old")
+    path = old / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    without = {key: {n: v for n, v in values.items() if n[0] != "q"} for key, values in stats.items()}
+    path.write_text(json.dumps(without))
+    recipe = Path(arguments[0].partition("=")[2])
+    recipe.write_text(recipe.read_text().replace(str(root), str(old)).replace("MEAN_STD", "QUANTILES"))
+    train.main([*arguments, "--config.steps=1", "--config.eval_steps=0"])
+    policy = load_policy(tmp_path / "run/checkpoints/last/pretrained_model")
+    found = policy.preprocessor.steps[-1].stats["observation.state"]["q99"]
+    state = LeRobotDataset("test", root).columns["observation.state"]
+    np.testing.assert_allclose(found, np.quantile(state, 0.99, axis=0), rtol=1e-6)

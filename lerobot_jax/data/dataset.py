@@ -1,4 +1,4 @@
-"""Read a LeRobotDataset v3.0: tables in memory, frames from videos or image columns.
+"""Read a LeRobotDataset: numbers from memory, frames from videos or image columns.
 
 Mirrors `lerobot.datasets.lerobot_dataset.LeRobotDataset` and `dataset_reader.DatasetReader`, item by item and index
 by index, with two differences: values are numpy arrays, and images are uint8 channel-last.
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from lerobot_jax import hub
-from lerobot_jax.data import frames, metadata, video, windows, writer
+from lerobot_jax.data import frame_cache, frames, metadata, tables, video, windows, writer
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK
 
@@ -32,42 +31,49 @@ class LeRobotDataset:
         delta_timestamps: Mapping[str, Sequence[float]] | None = None,
         tolerance_s: float = 1e-4,
         revision: str | None = None,
-        frame_cache_gb: float = 0.0,
         cameras: Sequence[str] | None = None,
+        image_size: tuple[int, int] | None = None,
+        meta: metadata.LeRobotDatasetMetadata | None = None,
     ):
-        """Open a dataset; nothing but its tables is read yet.
+        """Open a dataset: its numbers are read into memory, its frames are not decoded yet.
 
         Args:
             repo_id: the dataset's name, `user/dataset`.
             root: its folder; without one, LeRobot's cache and the Hub are asked.
             episodes: the episodes to use, all by default. Their frames keep the order of the files.
             delta_timestamps: feature -> offsets in seconds; such a feature gets a time axis and `<key>_is_pad`.
-            tolerance_s: how far a video frame may be from its timestamp, in seconds.
-            revision: a branch, tag or commit on the Hub; "v3.0" by default.
-            frame_cache_gb: keep decoded frames on disk if they take no more than this.
+            tolerance_s: how far a timestamp may be from frame_index / fps, and a video frame from its timestamp, in
+                seconds.
+            revision: a branch, tag or commit on the Hub; by default the tag of the newest format.
             cameras: the visual features to give, all by default.
+            image_size: (height, width) to which frames are resized; as they are by default.
+            meta: what is known of the dataset already; then nothing is searched for or downloaded.
 
         Raises:
             InputError: naming the file, column or episode that is missing, damaged or inconsistent.
         """
-        self.meta = metadata.LeRobotDatasetMetadata.find(repo_id, root, revision)
+        self.meta = meta or metadata.LeRobotDatasetMetadata.find(repo_id, root, revision)
         self.repo_id, self.root, self.revision = repo_id, self.meta.root, self.meta.revision
         self.episodes = _checked_episodes(episodes, self.meta)
-        if self.revision is not None:
+        if meta is None and self.revision is not None:
             metadata.fetch_dataset(repo_id, self.revision, self.meta.episode_files(self.episodes))
-        self._deltas = windows.delta_indices(delta_timestamps or {}, self.meta.fps, tolerance_s)
-        unknown = sorted(set(self._deltas) - set(self.meta.features))
+        self.image_size = image_size
+        self.deltas = windows.delta_indices(delta_timestamps or {}, self.meta.fps, tolerance_s)
+        unknown = sorted(set(self.deltas) - set(self.meta.features))
         if unknown:
             raise InputError(f"delta_timestamps: {unknown} are no features of {repo_id}")
-        self._tables = self._read_tables()
-        self.columns = self._read_columns()
-        self._row_of_index = np.full(self.meta.total_frames, -1)
-        self._row_of_index[self.columns["index"]] = np.arange(len(self))
-        self._check_rows()
+        self._table = tables.read_table(self.meta, self.episodes)
+        tables.check_timestamps(self.meta, self._table, tolerance_s)
+        self.columns = self._table.columns
+        self.row_of_index = np.full(self.meta.total_frames, -1)
+        self.row_of_index[self.columns["index"]] = np.arange(len(self))
         chosen = self.meta.camera_keys if cameras is None else cameras
         self.cameras = {key: self._open_camera(key, tolerance_s) for key in chosen}
-        if frame_cache_gb > 0:
-            frames.decode_into_cache(list(self.cameras.values()), hub.cache_home() / "frames", frame_cache_gb)
+
+    def cache_frames(self, budget_gb: float) -> bool:
+        """Decode all frames into the cache on disk and read them from there, if it may hold as much."""
+        cache = hub.cache_home() / "frames"
+        return frame_cache.cached_frames(list(self.cameras.values()), cache, budget_gb)
 
     @classmethod
     def create(
@@ -85,12 +91,13 @@ class LeRobotDataset:
         return writer.DatasetWriter(repo_id, folder, fps, features, robot_type, encoding, **sizes)
 
     @property
-    def fps(self) -> int:
+    def fps(self) -> int | float:
         return self.meta.fps
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
-        return self.meta.features
+        """What info.json says of the features; of resized frames, their new shape."""
+        return resized_features(self.meta, self.image_size)
 
     @property
     def num_frames(self) -> int:
@@ -123,9 +130,9 @@ class LeRobotDataset:
         end = self.meta.episodes["dataset_to_index"][episode]
         batch: dict[str, Any] = {}
         rows_of = dict.fromkeys((*self.cameras, *self.columns), rows)
-        for key, deltas in self._deltas.items():
+        for key, deltas in self.deltas.items():
             wanted, batch[f"{key}_is_pad"] = windows.window(index, start, end, deltas)
-            rows_of[key] = self._row_of_index[wanted]
+            rows_of[key] = self.row_of_index[wanted]
         for key, camera in self.cameras.items():
             if keys is None or key in keys:
                 flat = camera.read(rows_of[key].reshape(-1))
@@ -156,54 +163,15 @@ class LeRobotDataset:
         per_task = max(1, max_samples // len(np.unique(task)))
         return np.concatenate([rows[task == t][:per_task] for t in np.unique(task)])
 
-    def _read_tables(self) -> dict[Path, pa.Table]:
-        chosen = range(self.meta.total_episodes) if self.episodes is None else self.episodes
-        tables = {}
-        for path in sorted({self.root / self.meta.data_file(episode) for episode in chosen}):
-            table = metadata.read_parquet(path)
-            wanted = [key for key, feature in self.features.items() if feature["dtype"] != "video"]
-            missing = [key for key in wanted if key not in table.column_names]
-            if missing:
-                raise InputError(f"{path}: lacks the columns {missing} that info.json declares")
-            if self.episodes is not None:
-                keep = np.isin(table["episode_index"].to_numpy(), self.episodes)
-                table = table.filter(pa.array(keep))
-            tables[path] = table.select(wanted)
-        return tables
-
-    def _read_columns(self) -> dict[str, np.ndarray]:
-        columns = {}
-        for key, feature in self.features.items():
-            if feature["dtype"] not in ("image", "video"):
-                parts = [_to_numpy(path, key, feature, table[key]) for path, table in self._tables.items()]
-                columns[key] = np.concatenate(parts)
-        return columns
-
-    def _check_rows(self) -> None:
-        chosen = np.arange(self.meta.total_episodes) if self.episodes is None else np.array(self.episodes)
-        expected = int(self.meta.episodes["length"][chosen].sum())
-        index, episode = self.columns["index"], self.columns["episode_index"]
-        if len(index) != expected or len(np.unique(index)) != expected:
-            counts = np.bincount(episode, minlength=self.meta.total_episodes)
-            bad = [int(e) for e in chosen if counts[e] != self.meta.episodes["length"][e]]
-            detail = f"episodes {bad[:5]} have another length" if bad else "some frames appear twice"
-            raise InputError(f"{self.root / 'data'}: {len(index)} rows, {expected} declared: {detail}")
-        inside = (index >= self.meta.episodes["dataset_from_index"][episode]) & (
-            index < self.meta.episodes["dataset_to_index"][episode]
-        )
-        if not inside.all():
-            row = int(np.flatnonzero(~inside)[0])
-            raise InputError(
-                f"{self.root / 'data'}: frame {index[row]} says episode {episode[row]}, which meta/episodes denies"
-            )
-
     def _open_camera(self, key: str, tolerance_s: float) -> frames.VideoFrames | frames.ImageFrames:
         if key not in self.meta.camera_keys:
             raise InputError(f"{self.repo_id}: no camera '{key}'; there are {self.meta.camera_keys}")
-        shape = self.features[key]["shape"]
+        shape = _channel_last_shape(self.meta.features[key])
         if key in self.meta.image_keys:
-            columns = [table[key] for table in self._tables.values()]
-            return frames.ImageFrames(list(self._tables), columns, key, shape)
+            table = self._table
+            return frames.ImageFrames(
+                table.files, table.file_of_row, table.place_of_row, key, shape, self.image_size
+            )
         episode = self.columns["episode_index"]
         names = [self.meta.video_file(e, key) for e in range(self.meta.total_episodes)]
         used = sorted({names[e] for e in np.unique(episode)})
@@ -212,9 +180,8 @@ class LeRobotDataset:
         times = self.meta.episodes[f"videos/{key}/from_timestamp"][episode] + self.columns[
             "timestamp"
         ].astype(np.float64)
-        return frames.VideoFrames(
-            [self.root / name for name in used], file_of_episode[episode], times, shape, tolerance_s
-        )
+        paths = [self.root / name for name in used]
+        return frames.VideoFrames(paths, file_of_episode[episode], times, shape, tolerance_s, self.image_size)
 
 
 def split_episodes(
@@ -251,31 +218,16 @@ def _checked_episodes(
     return list(episodes)
 
 
-def _to_numpy(path: Path, key: str, feature: Mapping[str, Any], column: pa.ChunkedArray) -> np.ndarray:
-    """Turn a table column into float32, int64, bool (as LeRobot hands them to torch) or str of shape (n, ...)."""
-    if column.null_count:
-        raise InputError(f"{path}: '{key}' has empty cells")
-    if feature["dtype"] == "string":
-        return np.array(column.to_pylist(), dtype=object)
-    shape = () if feature["shape"] == (1,) else feature["shape"]
-    values = column.combine_chunks()
-    depth = 0
-    while (
-        pa.types.is_list(values.type)
-        or pa.types.is_fixed_size_list(values.type)
-        or pa.types.is_large_list(values.type)
-    ):
-        values = values.flatten()
-        depth += 1
-    flat = values.to_numpy(zero_copy_only=False)
-    if flat.size != len(column) * math.prod(shape) or (depth > 0) != (len(shape) > 0):
-        raise InputError(
-            f"{path}: '{key}' does not hold {feature['shape']} values a row, as info.json declares"
-        )
-    kinds = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
-    dtype = np.dtype(feature["dtype"])
-    array = flat.astype(dtype).astype(kinds[dtype.kind]).reshape(len(column), *shape)
-    if array.dtype == np.float32 and not np.isfinite(array).all():
-        row = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise InputError(f"{path}: '{key}' is NaN or infinite in row {row}")
-    return array
+def _channel_last_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = tuple(feature["shape"])
+    return (*shape[1:], shape[0]) if str((feature["names"] or [""])[0]).startswith("channel") else shape
+
+
+def resized_features(
+    meta: metadata.LeRobotDatasetMetadata, image_size: tuple[int, int] | None
+) -> dict[str, dict[str, Any]]:
+    """Give what info.json says of the features, with camera frames resized to (height, width)."""
+    if image_size is None:
+        return meta.features
+    resized = {"shape": (*image_size, 3), "names": ["height", "width", "channels"]}
+    return {key: f | resized if key in meta.camera_keys else f for key, f in meta.features.items()}

@@ -1,28 +1,41 @@
-"""Camera frames of a dataset, addressed by table row: decoded once into memory-mapped uint8, or on demand.
+"""Camera frames of a dataset, addressed by table row: decoded on demand, or read from the frame cache.
 
-A cache file holds all frames of one video (or image column of one parquet file) in order, next to their
-timestamps. It is named by a digest of the source's path, size and modification time and appears by an atomic
-rename, so it is either complete or not there, and a changed source is decoded anew.
+Counterpart of LeRobot's `DatasetReader._query_videos` and of the decoding of its image columns. Frames are uint8,
+channel-last; `size` has them resized bilinearly, with antialiasing.
 """
 
-import hashlib
-import io
-import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import PIL.Image
-import pyarrow as pa
-import tqdm
-from absl import logging
 from jaxtyping import Float, Int, UInt8
 
-from lerobot_jax.data import video
+from lerobot_jax import hub
+from lerobot_jax.data import image_column, video
+from lerobot_jax.data.image_column import EncodedImages, ImageColumn
+from lerobot_jax.data.video_decoder import NUM_THREADS, VideoFile, decoding_threads
 from lerobot_jax.errors import InputError
 
-TimedFrames = Iterable[tuple[float, np.ndarray]]  # (time in seconds, RGB frame (h, w, 3) uint8)
+
+@runtime_checkable
+@runtime_checkable
+class RowReader(Protocol):
+    """Gives the frames of table rows: what the frame cache puts in place of decoding."""
+
+    def read(self, rows: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]: ...
+
+
+@runtime_checkable
+class FileOfFrames(Protocol):
+    """A file's frames: how many, and of a video also when (seconds)."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def times(self) -> np.ndarray | None: ...
 
 
 class VideoFrames:
@@ -35,172 +48,155 @@ class VideoFrames:
         time_of_row: Float[np.ndarray, " n"],
         shape: tuple[int, ...],
         tolerance_s: float,
+        size: tuple[int, int] | None = None,
     ):
-        """Args:
-        paths: the video files.
-        file_of_row: for each table row, which file holds its frame.
-        time_of_row: for each table row, its time in that file in seconds.
-        shape: of a frame, (h, w, 3).
-        tolerance_s: how far a frame's timestamp may be from the wanted one, in seconds.
+        """Open nothing yet.
+
+        Args:
+            paths: the video files.
+            file_of_row: for each table row, which file holds its frame.
+            time_of_row: for each table row, its time in that file in seconds.
+            shape: of a frame, (h, w, 3).
+            tolerance_s: how far a frame's timestamp may be from the wanted one, in seconds.
+            size: (h, w) to resize frames to.
         """
-        self.paths, self.shape = list(paths), shape
-        self._file_of_row, self._time_of_row, self._tolerance_s = file_of_row, time_of_row, tolerance_s
-        self._cached: list[np.ndarray] | None = None
-        self._frame_of_row = np.zeros(len(file_of_row), np.int64)
+        self.files = [VideoFile(path, shape, size) for path in paths]
+        self.shape = shape if size is None else (*size, 3)
+        self.file_of_row = file_of_row
+        self._time_of_row, self._tolerance_s = time_of_row, tolerance_s
+        self._cached: RowReader | None = None
 
     @property
     def num_bytes(self) -> int:
         """How much the decoded frames take."""
-        return len(self._file_of_row) * int(np.prod(self.shape))
+        return len(self.file_of_row) * int(np.prod(self.shape))
 
     def read(self, rows: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
         """Give the frames of some rows."""
+        if self._cached is not None:
+            return self._cached.read(rows)
         frames = np.empty((len(rows), *self.shape), np.uint8)
-        for file in np.unique(self._file_of_row[rows]):
-            chosen = self._file_of_row[rows] == file
-            if self._cached is not None:
-                frames[chosen] = self._cached[file][self._frame_of_row[rows[chosen]]]
-            else:
-                times = self._time_of_row[rows[chosen]].tolist()
-                frames[chosen] = self._checked(
-                    self.paths[file], video.decode_frames(self.paths[file], times, self._tolerance_s)
-                )
+        wanted = [(self.files[file], where) for file, where in rows_by_file(self.file_of_row[rows])]
+        _run(lambda job: job[0].index, wanted)  # files that were not looked at yet, side by side
+        jobs = []
+        for file, where in wanted:
+            places = self._nearest(file, file.times, rows[where])
+            order = np.argsort(places, kind="stable")
+            cuts = _cuts(file.index.group(places[order]), -(-len(rows) // NUM_THREADS))
+            jobs += [(file, where[part], places[part]) for part in np.split(order, cuts)]
+
+        def decode(job: tuple[VideoFile, np.ndarray, np.ndarray]) -> None:
+            file, where, places = job
+            for i, picture in zip(where, file.decode(places.tolist()), strict=True):
+                frames[i] = picture
+
+        _run(decode, jobs)
         return frames
 
-    def decode_all(self, cache: Path, progress: Callable[[int], object]) -> None:
-        """Decode every file into `cache` unless it is there already, and read from there from now on."""
-        cached = []
-        for file, path in enumerate(self.paths):
-            times, frames = _cached_frames(path, "", cache, video.decode_video(path), progress)
-            rows = np.flatnonzero(self._file_of_row == file)
-            self._frame_of_row[rows] = video.nearest_frames(
-                path, times, self._time_of_row[rows], self._tolerance_s
-            )
-            cached.append(self._checked(path, frames))
+    def places(self, files: Sequence[FileOfFrames]) -> Int[np.ndarray, " n"]:
+        """Give the frame within its file of each row, from what the cache knows of each file.
+
+        Raises:
+            InputError: when a row's frame is further away than the tolerance.
+        """
+        places = np.zeros(len(self.file_of_row), np.int64)
+        for file, rows in rows_by_file(self.file_of_row):
+            places[rows] = self._nearest(self.files[file], files[file].times, rows)
+        return places
+
+    def read_from(self, cached: RowReader) -> None:
+        """Decode no more."""
         self._cached = cached
 
-    def _checked(self, path: Path, frames: np.ndarray) -> np.ndarray:
-        if frames.shape[1:] != self.shape:
-            raise InputError(f"{path}: frames are {frames.shape[1:]}, info.json says {self.shape}")
-        return frames
+    def _nearest(self, file: VideoFile, times: Any, rows: np.ndarray) -> np.ndarray:
+        return video.nearest_frames(file.path, times, self._time_of_row[rows], self._tolerance_s)
 
 
 class ImageFrames:
     """One camera whose frames are PNG or JPEG files inside the parquet tables."""
 
     def __init__(
-        self, paths: Sequence[Path], columns: Sequence[pa.ChunkedArray], key: str, shape: tuple[int, ...]
+        self,
+        paths: Sequence[Path],
+        file_of_row: Int[np.ndarray, " n"],
+        place_of_row: Int[np.ndarray, " n"],
+        key: str,
+        shape: tuple[int, ...],
+        size: tuple[int, int] | None = None,
     ):
-        """Args:
-        paths: the parquet files.
-        columns: each file's column of {"bytes", "path"}.
-        key: the feature's name.
-        shape: of a frame, (h, w, 3).
+        """Open nothing yet.
+
+        Args:
+            paths: the parquet files.
+            file_of_row: for each row of the dataset, which file holds it.
+            place_of_row: for each row of the dataset, its row in that file.
+            key: the column of {"bytes", "path"}.
+            shape: of a frame, (h, w, 3).
+            size: (h, w) to resize frames to.
         """
-        self.paths, self.shape = list(paths), shape
-        self._columns, self._key = list(columns), key
-        self._first_row = np.concatenate([[0], np.cumsum([len(column) for column in columns])])
-        self._cached: list[np.ndarray] | None = None
+        self.files = [ImageColumn(path, key, shape, size) for path in paths]
+        self.shape = shape if size is None else (*size, 3)
+        self.file_of_row, self._place_of_row = file_of_row, place_of_row
+        self._cached: RowReader | None = None
+        self._copies: list[EncodedImages] | None = None
+        self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
         """How much the decoded frames take."""
-        return int(self._first_row[-1]) * int(np.prod(self.shape))
+        return len(self.file_of_row) * int(np.prod(self.shape))
 
     def read(self, rows: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
-        """Give the frames of some rows."""
+        """Give the frames of some rows; the first time, copy the images to where each can be had alone."""
+        if self._cached is not None:
+            return self._cached.read(rows)
+        with self._lock:
+            if self._copies is None:
+                self._copies = image_column.copy_columns(self.files, hub.cache_home() / "frames")
+            copies = self._copies
         frames = np.empty((len(rows), *self.shape), np.uint8)
-        files = np.searchsorted(self._first_row, rows, side="right") - 1
-        for i, (file, row) in enumerate(zip(files, rows - self._first_row[files], strict=True)):
-            if self._cached is not None:
-                frames[i] = self._cached[file][row]
-            else:
-                frames[i] = self._decode(int(file), int(row))
+
+        def decode(part: np.ndarray) -> None:
+            for i in part:
+                frames[i] = copies[self.file_of_row[rows[i]]].decode(int(self._place_of_row[rows[i]]))
+
+        _run(decode, np.array_split(np.arange(len(rows)), max(1, min(len(rows), NUM_THREADS))))
         return frames
 
-    def decode_all(self, cache: Path, progress: Callable[[int], object]) -> None:
-        """Decode every file into `cache` unless it is there already, and read from there from now on."""
-        cached = []
-        for file, path in enumerate(self.paths):
-            numbered = ((0.0, self._decode(file, i)) for i in range(len(self._columns[file])))
-            cached.append(_cached_frames(path, self._key, cache, numbered, progress)[1])
+    def places(self, files: Sequence[FileOfFrames]) -> Int[np.ndarray, " n"]:
+        """Give the row within its file of each row of the dataset; raise `InputError` when a file is too short."""
+        num_frames = np.array([file.num_frames for file in files])
+        if (outside := self._place_of_row >= num_frames[self.file_of_row]).any():
+            row = int(np.argmax(outside))
+            file = self.file_of_row[row]
+            raise InputError(
+                f"{self.files[file].path}: has {num_frames[file]} rows, row {self._place_of_row[row]} is wanted"
+            )
+        return self._place_of_row
+
+    def read_from(self, cached: RowReader) -> None:
+        """Decode no more."""
         self._cached = cached
 
-    def _decode(self, file: int, row: int) -> np.ndarray:
-        where = f"{self.paths[file]}: '{self._key}' in row {row}"
-        data = self._columns[file][row]["bytes"].as_py()
-        if data is None:
-            raise InputError(f"{where} holds a path instead of an image")
-        try:
-            image = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{where} cannot be decoded ({error})") from None
-        if image.shape != self.shape:
-            raise InputError(f"{where} is {image.shape}, info.json says {self.shape}")
-        return image
+
+def rows_by_file(file_of_row: Int[np.ndarray, " b"]) -> list[tuple[int, np.ndarray]]:
+    """Give each file that occurs, and where."""
+    order = np.argsort(file_of_row, kind="stable")
+    cuts = np.flatnonzero(np.diff(file_of_row[order])) + 1
+    return [(int(file_of_row[where[0]]), where) for where in np.split(order, cuts) if len(where)]
 
 
-def decode_into_cache(cameras: Sequence[VideoFrames | ImageFrames], cache: Path, budget_gb: float) -> None:
-    """Decode all cameras into `cache` with a progress bar, unless that would take more than `budget_gb`."""
-    needed = sum(camera.num_bytes for camera in cameras)
-    if not cameras:
-        return
-    if needed > budget_gb * 1e9:
-        logging.info(
-            "frames take %.1f GB decoded (dataset.frame_cache_gb is %g): decoding on demand",
-            needed / 1e9,
-            budget_gb,
-        )
-        return
-    cache.mkdir(parents=True, exist_ok=True)
-    total = sum(camera.num_bytes // int(np.prod(camera.shape)) for camera in cameras)
-    with tqdm.tqdm(total=total, desc="decoding frames (once)", unit="frame", delay=1, smoothing=0.05) as bar:
-        for camera in cameras:
-            camera.decode_all(cache, bar.update)
+def _cuts(groups: np.ndarray, at_least: int) -> list[int]:
+    """Find where to cut ascending `groups` so that none is divided and no part is shorter than `at_least`."""
+    cuts = [0]
+    for cut in np.flatnonzero(np.diff(groups)) + 1:
+        if cut - cuts[-1] >= at_least:
+            cuts.append(int(cut))
+    return cuts[1:]
 
 
-def _cached_frames(
-    source: Path,
-    key: str,
-    cache: Path,
-    decoded: TimedFrames,
-    progress: Callable[[int], object],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Give the timestamps and the memory-mapped frames (n, h, w, 3) of one source file."""
-    if not source.exists():
-        raise InputError(f"{source}: no such file")
-    stat = source.stat()
-    identity = f"{source.resolve()}|{key}|{stat.st_size}|{stat.st_mtime_ns}"
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    target = cache / name
-    if not target.exists():
-        partial = cache / f"{name}.{os.getpid()}.partial"
-        try:
-            _decode_to_folder(source, decoded, partial, progress)
-            partial.rename(target)
-        except OSError as error:
-            if not target.exists():  # else another process was faster
-                raise InputError(f"{partial}: could not keep decoded frames of {source} ({error})") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    times = np.load(target / "times.npy")
-    shape = tuple(np.load(target / "shape.npy"))
-    return times, np.memmap(target / "pixels", np.uint8, "r", shape=(len(times), *shape))
-
-
-def _decode_to_folder(
-    source: Path, decoded: TimedFrames, folder: Path, progress: Callable[[int], object]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    times = []
-    shape: tuple[int, ...] = ()
-    with open(folder / "pixels", "wb") as pixels:
-        for time, frame in decoded:
-            times.append(time)
-            shape = frame.shape
-            pixels.write(np.ascontiguousarray(frame).data)
-            progress(1)
-    if not times:
-        raise InputError(f"{source}: no frame could be decoded; the file is damaged or incomplete")
-    np.save(folder / "times.npy", np.array(times))
-    np.save(folder / "shape.npy", np.array(shape))
+def _run(function: Callable[[Any], Any], jobs: Sequence[Any]) -> None:
+    if len(jobs) == 1:
+        function(jobs[0])
+    else:
+        list(decoding_threads().map(function, jobs))

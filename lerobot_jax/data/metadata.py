@@ -1,46 +1,69 @@
-"""The `meta/` folder of a LeRobotDataset v3.0: info.json, stats.json, tasks.parquet and episodes/**.
+"""The `meta/` folder of a LeRobotDataset: info.json, statistics, tasks and episodes, of format v3.0 or v2.1.
 
 Mirrors `lerobot.datasets.dataset_metadata.LeRobotDatasetMetadata`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lerobot_jax import hub
+from lerobot_jax.data import metadata_v21
+from lerobot_jax.data.info import (
+    CODEBASE_VERSION,
+    DATA_PATH,
+    DEFAULT_FEATURES,
+    EPISODES_IN,
+    EPISODES_PATH,
+    INFO_PATH,
+    PATH_FIELDS,
+    STATS_PATH,
+    TASKS_PATH,
+    V21,
+    V30,
+    VIDEO_PATH,
+    Stats,
+    load_info,
+    read_json_object,
+)
+from lerobot_jax.data.metadata_checks import check_episodes
+from lerobot_jax.data.statistics_checks import check_statistics, to_arrays
 from lerobot_jax.errors import InputError
-from lerobot_jax.files import read_json
 
-CODEBASE_VERSION = "v3.0"
-INFO_PATH = "meta/info.json"
-STATS_PATH = "meta/stats.json"
-TASKS_PATH = "meta/tasks.parquet"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+__all__ = [
+    "CODEBASE_VERSION",
+    "DATA_PATH",
+    "DEFAULT_FEATURES",
+    "EPISODES_PATH",
+    "INFO_PATH",
+    "STATS_PATH",
+    "TASKS_PATH",
+    "VIDEO_PATH",
+    "LeRobotDatasetMetadata",
+    "Stats",
+    "fetch_dataset",
+    "read_parquet",
+    "read_parquet_metadata",
+    "read_parquet_names",
+]
 
-# The columns that every dataset has and that the writer fills in by itself.
-DEFAULT_FEATURES: dict[str, dict[str, Any]] = {
-    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
-    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "index": {"dtype": "int64", "shape": (1,), "names": None},
-    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
-}
-
-Stats = dict[str, dict[str, np.ndarray]]
+# What pyarrow raises for files that are damaged; for want of memory where a damaged number is a size.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class LeRobotDatasetMetadata:
-    """What a dataset says of itself.
+    """What a dataset says of itself, the same for every format but for `info`, which is info.json as it is.
 
-    `revision` is the Hub commit that it comes from, if any. `episodes` holds one array per column of
-    `meta/episodes/**` (statistics left out), row i for episode i.
+    `revision` is the Hub commit that it comes from, if any. `episodes` holds one array (or list) per column of
+    `meta/episodes/**`, statistics left out, row i for episode i. v2.1 has no such columns; they are made up for it.
     """
 
     repo_id: str
@@ -56,7 +79,7 @@ class LeRobotDatasetMetadata:
         """Find a dataset in a folder, in LeRobot's cache or on the Hub, and read its `meta/` files.
 
         Looks at `root` when it is given, else at `$HF_LEROBOT_HOME/<repo_id>` and at the Hub (with its cache
-        `$HF_LEROBOT_HOME/hub`), where `revision` defaults to the tag of the format, "v3.0".
+        `$HF_LEROBOT_HOME/hub`), where `revision` defaults to the tag of the newest format, "v3.0" or "v2.1".
 
         Raises:
             InputError: saying what was looked for and where.
@@ -66,7 +89,7 @@ class LeRobotDatasetMetadata:
             return cls.load(repo_id, folder)
         if root is not None:
             raise InputError(f"{folder / INFO_PATH}: no such file, so dataset.root is not a LeRobotDataset")
-        snapshot = fetch_dataset(repo_id, revision or CODEBASE_VERSION, [INFO_PATH, "meta/*"])
+        snapshot = fetch_dataset(repo_id, revision or _newest_tag(repo_id), [INFO_PATH, "meta/*"])
         return cls.load(repo_id, snapshot, snapshot.name)
 
     @classmethod
@@ -77,32 +100,17 @@ class LeRobotDatasetMetadata:
             InputError: naming the file that is missing, damaged or inconsistent.
         """
         info = load_info(root)
-        stats_path = root / STATS_PATH
-        stats = _arrays(read_json(stats_path)) if stats_path.exists() else {}
-        tasks = load_tasks(root)
-        episodes = load_episodes(root)
-        metadata = cls(repo_id, root, revision, info, stats, tasks, episodes)
-        metadata._check()
-        return metadata
-
-    def _check(self) -> None:
-        lengths = self.episodes["length"]
-        starts, ends = self.episodes["dataset_from_index"], self.episodes["dataset_to_index"]
-        where = self.root / "meta/episodes"
-        if not np.array_equal(self.episodes["episode_index"], np.arange(len(lengths))):
-            raise InputError(f"{where}: episode_index must count 0, 1, 2, ... without gaps or repeats")
-        if np.any(lengths <= 0) or not np.array_equal(ends - starts, lengths):
-            bad = int(np.flatnonzero((lengths <= 0) | (ends - starts != lengths))[0])
-            raise InputError(
-                f"{where}: episode {bad} has length {lengths[bad]} "
-                f"but spans frames {starts[bad]} to {ends[bad]}"
-            )
-        for name, found in (("total_episodes", len(lengths)), ("total_frames", int(lengths.sum()))):
-            if self.info[name] != found:
-                raise InputError(f"{self.root / INFO_PATH}: {name} is {self.info[name]}, {where} has {found}")
+        if info["codebase_version"] == V21:
+            tasks, episodes = metadata_v21.load_tasks(root), metadata_v21.load_episodes(root, info)
+            stats = metadata_v21.combine(root, metadata_v21.load_episode_statistics(root, info))
+        else:
+            tasks, episodes = load_tasks(root), load_episodes(root, info)
+            stats = load_stats(root, info)
+        check_episodes(root, info, tasks, episodes)
+        return cls(repo_id, root, revision, info, stats, tasks, episodes)
 
     @property
-    def fps(self) -> int:
+    def fps(self) -> int | float:
         return self.info["fps"]
 
     @property
@@ -132,18 +140,16 @@ class LeRobotDatasetMetadata:
 
     def data_file(self, episode: int) -> str:
         """Give the parquet file of an episode, relative to the root."""
-        return self.info["data_path"].format(
-            chunk_index=self.episodes["data/chunk_index"][episode],
-            file_index=self.episodes["data/file_index"][episode],
-        )
+        return self.info["data_path"].format(**self._place("data", episode))
 
     def video_file(self, episode: int, key: str) -> str:
         """Give the video file that holds an episode of one camera, relative to the root."""
-        return self.info["video_path"].format(
-            video_key=key,
-            chunk_index=self.episodes[f"videos/{key}/chunk_index"][episode],
-            file_index=self.episodes[f"videos/{key}/file_index"][episode],
-        )
+        return self.info["video_path"].format(video_key=key, **self._place(f"videos/{key}", episode))
+
+    def _place(self, part: str, episode: int) -> dict[str, int]:
+        names = ("chunk_index", "file_index")
+        numbers = (int(self.episodes[f"{part}/{name}"][episode]) for name in names)
+        return dict(zip(PATH_FIELDS[self.info["codebase_version"]], numbers, strict=True))
 
     def episode_files(self, episodes: list[int] | None) -> list[str]:
         """List the data and video files that hold these episodes (None: all), without repeats."""
@@ -166,40 +172,64 @@ def fetch_dataset(repo_id: str, revision: str, files: list[str]) -> Path:
     )
 
 
+def _newest_tag(repo_id: str) -> str:
+    """Choose the tag of the newest format that a dataset on the Hub has; without the Hub, that its cache has."""
+    tags = (V30, V21)
+    try:
+        refs = huggingface_hub.HfApi().list_repo_refs(repo_id, repo_type="dataset")
+    except hub.CALL_ERRORS:
+        cache = hub.lerobot_home() / "hub"
+        for tag in tags:
+            if isinstance(
+                huggingface_hub.try_to_load_from_cache(repo_id, INFO_PATH, cache, tag, repo_type="dataset"),
+                str,
+            ):
+                return tag
+        return V30  # `fetch_dataset` will say what is wrong
+    names = [ref.name for ref in (*refs.tags, *refs.branches)]
+    for tag in tags:
+        if tag in names:
+            return tag
+    raise InputError(
+        f"dataset '{repo_id}' on the Hub has neither the tag {V30} nor {V21}, only {', '.join(names)}; give one of "
+        f"these with dataset.revision, or tag it: `hf repo tag create {repo_id} {V30} --repo-type dataset`, where "
+        f"{V30} is the codebase_version in its {INFO_PATH}"
+    )
+
+
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read a parquet file; raise `InputError` naming it when it is missing or damaged."""
+    return _undamaged(path, lambda: pq.ParquetFile(path).read(columns=columns))
+
+
+def read_parquet_metadata(path: Path) -> pq.FileMetaData:
+    """Read the footer of a parquet file; raise `InputError` naming it when it is missing or damaged."""
+    return _undamaged(path, lambda: pq.read_metadata(path))
+
+
+def read_parquet_names(path: Path) -> list[str]:
+    """Read the names of a parquet file's columns; raise `InputError` naming it when it is missing or damaged."""
+    return _undamaged(path, lambda: pq.read_schema(path).names)
+
+
+def _undamaged(path: Path, read: Callable[[], T]) -> T:
     try:
-        return pq.ParquetFile(path).read(columns=columns)
+        return read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        first_line = str(error).splitlines()[0]
+    except _DAMAGE as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: damaged or incomplete parquet file ({first_line})") from None
 
 
-def load_info(root: Path) -> dict[str, Any]:
-    """Read and check info.json; shapes become tuples."""
-    path = root / INFO_PATH
-    info = read_json(path)
-    required = ("codebase_version", "fps", "features", "total_episodes", "total_frames", "data_path")
-    missing = [name for name in required if name not in info]
-    if missing:
-        raise InputError(f"{path}: missing {', '.join(missing)}")
-    if not str(info["codebase_version"]).startswith("v3."):
-        raise InputError(
-            f"{path}: the dataset is in format {info['codebase_version']}, this version reads v3.0; convert it "
-            "with LeRobot's `python -m lerobot.scripts.convert_dataset_v21_to_v30`"
-        )
-    if not info["fps"] > 0:
-        raise InputError(f"{path}: fps must be positive, it is {info['fps']}")
-    for key, feature in info["features"].items():
-        if "dtype" not in feature or "shape" not in feature:
-            raise InputError(f"{path}: feature '{key}' needs dtype and shape")
-        details = feature.get("info") or {}
-        if details.get("is_depth_map") or details.get("video.is_depth_map"):
-            raise InputError(f"{path}: feature '{key}' is a depth map, which is not supported")
-        feature["shape"] = tuple(feature["shape"])
-    return info
+def load_stats(root: Path, info: dict[str, Any]) -> Stats:
+    """Read and check the statistics of the dataset, none if it has none."""
+    path = root / STATS_PATH
+    if not path.exists():
+        return {}
+    stats = to_arrays(str(path), read_json_object(path))
+    check_statistics(path, info["features"], [stats])
+    return stats
 
 
 def load_tasks(root: Path) -> list[str]:
@@ -207,43 +237,58 @@ def load_tasks(root: Path) -> list[str]:
     path = root / TASKS_PATH
     table = read_parquet(path)
     names = [name for name in table.column_names if name != "task_index"]
-    if "task_index" not in table.column_names or len(names) != 1:
+    if len(table.column_names) != 2 or len(names) != 1:
         raise InputError(f"{path}: expected the columns 'task' and 'task_index', found {table.column_names}")
-    task_of = dict(zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True))
-    return [task_of[i] for i in sorted(task_of)]
+    indices = _numbers(path, "task_index", table["task_index"], pa.types.is_integer, pa.int64())
+    tasks = _undamaged(path, table[names[0]].to_pylist)
+    if not np.array_equal(np.sort(indices), np.arange(len(tasks))):
+        raise InputError(f"{path}: task_index must count 0, 1, 2, ... without gaps or repeats")
+    if not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"{path}: column '{names[0]}' must hold texts, without empty cells")
+    return [tasks[i] for i in np.argsort(indices)]
 
 
-def load_episodes(root: Path) -> dict[str, Any]:
+def load_episodes(root: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Read `meta/episodes/**` without the statistics: one array (or list) per column."""
-    paths = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    folder = root / EPISODES_IN[V30]
+    paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
-        raise InputError(f"{root / 'meta/episodes'}: no parquet file found")
+        raise InputError(f"{folder}: no parquet file found")
     tables = []
     for path in paths:
-        names = read_parquet_names(path)
-        tables.append(read_parquet(path, [name for name in names if not name.startswith("stats/")]))
-    table = pa.concat_tables(tables, promote_options="default")
+        names = [name for name in read_parquet_names(path) if not name.startswith("stats/")]
+        tables.append(read_parquet(path, names))
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise InputError(f"{folder}: the files differ in their columns ({error})") from None
+    integers, times = _needed_columns(info)
+    missing = [name for name in (*integers, *times, "tasks") if name not in table.column_names]
+    if missing:
+        raise InputError(f"{folder}: missing columns {', '.join(missing)}; info.json asks for them")
     columns: dict[str, Any] = {}
     for name in table.column_names:
-        is_list = pa.types.is_list(table[name].type) or pa.types.is_string(table[name].type)
-        columns[name] = table[name].to_pylist() if is_list else table[name].to_numpy()
-    needed = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
-    missing = [name for name in (*needed, "data/chunk_index", "data/file_index") if name not in columns]
-    if missing:
-        raise InputError(f"{paths[0]}: missing columns {', '.join(missing)}")
+        if name in integers:
+            columns[name] = _numbers(folder, name, table[name], pa.types.is_integer, pa.int64())
+        elif name in times:
+            columns[name] = _numbers(folder, name, table[name], pa.types.is_floating, pa.float64())
+        else:
+            columns[name] = _undamaged(folder, table[name].to_pylist)
     return columns
 
 
-def read_parquet_names(path: Path) -> list[str]:
-    try:
-        return pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"{path}: damaged or incomplete parquet file ({first_line})") from None
+def _needed_columns(info: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """List the columns of whole numbers and of times that every `meta/episodes/**` has."""
+    videos = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    integers = ["episode_index", "length", "dataset_from_index", "dataset_to_index"]
+    integers += [f"{part}/{name}" for part in ("data", *videos) for name in ("chunk_index", "file_index")]
+    return integers, [f"{part}/{name}" for part in videos for name in ("from_timestamp", "to_timestamp")]
 
 
-def _arrays(stats: dict[str, Any]) -> Stats:
-    return {
-        key: {name: np.atleast_1d(np.asarray(value)) for name, value in values.items()}
-        for key, values in stats.items()
-    }
+def _numbers(
+    path: Path, name: str, column: pa.ChunkedArray, is_right: Callable[[pa.DataType], bool], kind: pa.DataType
+) -> np.ndarray:
+    if not is_right(column.type) or column.null_count:
+        found = f"it holds {column.type}, with {column.null_count} empty cells"
+        raise InputError(f"{path}: column '{name}' must hold {kind} in every cell, {found}")
+    return _undamaged(path, lambda: column.cast(kind).to_numpy())

@@ -1,15 +1,17 @@
-"""The statistics that a LeRobotDataset carries: per episode, and their combination over episodes.
+"""The statistics that a LeRobotDataset carries: per episode, combined over episodes, and the exact ones.
 
 Mirrors `lerobot.datasets.compute_stats`, in the same arithmetic, so that both sides write the same numbers:
 moments in the data's own precision (at least float32), quantiles read off a 5000-bin histogram of one episode,
-dataset quantiles as the average of the episodes' ones weighted by their counts.
+dataset quantiles as the average of the episodes' ones weighted by their counts. `exact_statistics` are those of
+all frames at once, in float64 and with quantiles by selection.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
-from lerobot_jax.data.metadata import Stats
+from lerobot_jax.data.info import Stats
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 NUM_BINS = 5000
@@ -107,3 +109,54 @@ def _combine_feature(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.
         if all(name in part for part in parts):
             combined[name] = (np.stack([part[name] for part in parts]) * weights).sum(axis=0) / total
     return combined
+
+
+def exact_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Summarize `values` of shape (n, ...) over all axes but the last, in float64; 1-D input counts as (n, 1).
+
+    Quantiles are found by selection, and interpolated linearly between the two nearest values, as numpy does.
+    """
+    rows = values.reshape(-1, 1) if values.ndim == 1 else values.reshape(-1, values.shape[-1])
+    columns = [_exact_column(rows[:, i].astype(np.float64)) for i in range(rows.shape[1])]
+    summary = {name: np.array([column[name] for column in columns]) for name in columns[0]}
+    return summary | {"count": np.array([len(values)])}
+
+
+def _exact_column(values: np.ndarray) -> dict[str, float]:
+    moments = {"mean": values.mean(), "std": values.std()}
+    quantiles = np.quantile(values, [0.0, 1.0, *QUANTILES.values()], overwrite_input=True)
+    return dict(zip(("min", "max", *QUANTILES), quantiles, strict=True)) | moments
+
+
+def averaged_statistics(values: np.ndarray, episode_index: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+    """Summarize `values` (n, ...) as LeRobot does: each episode, then their combination."""
+    starts = np.flatnonzero(np.diff(episode_index, prepend=-1))
+    parts = [{"": vector_statistics(part)} for part in np.split(values, starts[1:])]
+    return combine_statistics(parts)[""]
+
+
+def explained(
+    name: str, stored: np.ndarray, exact: Mapping[str, np.ndarray], averaged: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Tell, dimension by dimension, whether a stored statistic is the exact one or the one that LeRobot computes.
+
+    Allowed are float32's rounding, which in LeRobot's variance, a difference of squares, is that of the largest
+    square, and for quantiles two bins of the histogram.
+
+    Args:
+        name: which statistic.
+        stored: its stored value.
+        exact: what `exact_statistics` gives.
+        averaged: what `averaged_statistics` gives.
+    """
+    if name == "count":
+        return stored == exact["count"]
+    size = np.maximum(np.abs(exact["min"]), np.abs(exact["max"]))
+    power = 2 if name == "std" else 1
+    allowed = 1e-6 * size**power
+    if name in ("mean", "std"):
+        allowed = allowed + 1e-4 * exact["std"] ** power
+    elif name in QUANTILES:
+        allowed = allowed + 2 * (exact["max"] - exact["min"]) / NUM_BINS + 1e-9
+    is_near = [np.abs(stored**power - known[name] ** power) <= allowed for known in (exact, averaged)]
+    return is_near[0] | is_near[1]

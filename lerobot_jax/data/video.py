@@ -1,13 +1,12 @@
-"""Encode and decode LeRobot's camera videos with PyAV.
+"""Encode LeRobot's camera videos with PyAV, describe them and decode them from end to end.
 
 The defaults are stock LeRobot's (`lerobot.configs.video.VideoEncoderConfig`): AV1 by SVT-AV1, a keyframe every
-second frame, constant quality 30, preset 12.
+second frame, constant quality 30, preset 12. Chosen frames are decoded by `video_decoder`.
 """
 
 import dataclasses
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,35 +80,6 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     writer.close()
 
 
-def concatenate_videos(paths: Sequence[Path], output: Path) -> None:
-    """Join videos of equal codec and size into one file without encoding anew."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".ffconcat") as listing:
-        listing.write("ffconcat version 1.0\n")
-        listing.writelines(f"file '{path.resolve()}'\n" for path in paths)
-        listing.flush()
-        with (
-            av.open(listing.name, format="concat", options={"safe": "0"}) as source,
-            av.open(str(output), "w", options={"movflags": "faststart"}) as target,
-        ):
-            source_stream = source.streams.video[0]
-            target_stream = target.add_stream_from_template(source_stream, opaque=True)
-            target_stream.time_base = source_stream.time_base
-            for packet in source.demux(source_stream):
-                if packet.dts is not None:  # the demuxer ends with an empty packet
-                    packet.stream = target_stream
-                    target.mux(packet)
-
-
-def video_duration(path: Path) -> float:
-    """Give the duration of a video in seconds."""
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        return float((container.duration or 0) / av.time_base)
-
-
 def video_info(path: Path, encoding: VideoEncoding) -> dict[str, Any]:
     """Describe a video as info.json does."""
     with open_video(path) as container:
@@ -146,36 +116,19 @@ def open_video(path: Path) -> Any:
     return container
 
 
-def decode_video(path: Path, start: float | None = None) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (timestamp in seconds, RGB frame (h, w, 3) uint8) in order, from the keyframe at or before `start`."""
+def decode_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (timestamp in seconds, RGB frame (h, w, 3) uint8) of all frames, in order."""
     with open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         try:
-            if start is not None:
-                container.seek(max(0, round(start / stream.time_base) - 1), backward=True, stream=stream)
             for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise InputError(f"{path}: damaged video file (at {frame.time:.4f} s)")
                 if frame.pts is not None:
                     yield float(frame.pts * stream.time_base), frame.to_ndarray(format="rgb24")
         except av.error.FFmpegError as error:
             raise InputError(f"{path}: damaged or incomplete video file ({error})") from None
-
-
-def decode_frames(path: Path, timestamps: Sequence[float], tolerance_s: float) -> np.ndarray:
-    """Decode the frames nearest to `timestamps` (seconds): (n, h, w, 3) uint8.
-
-    Raises:
-        InputError: when the nearest frame is further away than `tolerance_s`, or the video cannot be read.
-    """
-    last = max(timestamps)
-    times, frames = [], []
-    for time, frame in decode_video(path, start=min(timestamps)):
-        times.append(time)
-        frames.append(frame)
-        if time >= last:
-            break
-    nearest = nearest_frames(path, np.array(times), np.asarray(timestamps, np.float64), tolerance_s)
-    return np.stack([frames[i] for i in nearest])
 
 
 def nearest_frames(path: Path, times: np.ndarray, wanted: np.ndarray, tolerance_s: float) -> np.ndarray:

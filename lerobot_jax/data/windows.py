@@ -15,7 +15,7 @@ from lerobot_jax.errors import InputError
 
 
 def delta_indices(
-    delta_timestamps: Mapping[str, Sequence[float]], fps: int, tolerance_s: float
+    delta_timestamps: Mapping[str, Sequence[float]], fps: int | float, tolerance_s: float
 ) -> dict[str, np.ndarray]:
     """Turn offsets in seconds into offsets in frames; raise `InputError` unless they are multiples of 1/fps."""
     result = {}
@@ -31,7 +31,7 @@ def delta_indices(
 
 
 def policy_delta_timestamps(
-    config: Any, dataset_features: Mapping[str, Any], fps: int
+    config: Any, dataset_features: Mapping[str, Any], fps: int | float
 ) -> dict[str, list[float]]:
     """Give the offsets that a policy asks for with its `*_delta_indices`, key by key, in seconds."""
     wanted = {}

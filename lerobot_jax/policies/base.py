@@ -129,9 +129,9 @@ class FunctionalPolicy:
         if TASK in batch:
             batch = self.tokenize(batch)
         features = self.config.image_features
-        renamed = self.preprocessor.rename_map
+        renamed, resizes = self.preprocessor.rename_map, self.preprocessor.resizes_images
         images = {
-            key: _to_float_image(key, value, features[renamed.get(key, key)].shape)
+            key: _to_float_image(key, value, features[renamed.get(key, key)].shape, any_size=resizes)
             for key, value in batch.items()
             if renamed.get(key, key) in features
         }
@@ -173,15 +173,22 @@ class FunctionalPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         self.config.exported().save(folder)
         state_dict.write(torch_state.to_torch(self.module, self.params, self.buffers), folder / MODEL_NAME)
+        self.save_processors(folder)
+        certificate.write(folder, certified)
+
+    def save_processors(self, folder: Path) -> None:
+        """Write the policy's pre- and post-processor as LeRobot does."""
+        folder.mkdir(parents=True, exist_ok=True)
         self.preprocessor.save(folder)
         self.postprocessor.save(folder)
-        certificate.write(folder, certified)
 
 
 def make_policy(
     config: PolicyConfig,
     stats: Mapping[str, Mapping[str, np.ndarray]],
     rename_map: Mapping[str, str] | None = None,
+    target_stats: Mapping[str, np.ndarray] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> FunctionalPolicy:
     """Build a policy without arrays from its settings and a dataset's statistics.
 
@@ -189,15 +196,31 @@ def make_policy(
         config: the settings, with features.
         stats: feature -> its statistics.
         rename_map: observation key outside -> in the policy, when they differ.
+        target_stats: the statistics of what `config.action_target` makes of the action, if it is another thing.
+        image_size: (height, width) to which the policy's processor resizes images of any size.
 
     Raises:
         InputError: when the features do not suit the policy or statistics are missing.
     """
     config.check_features()
+    if config.action_target.is_transformed != (target_stats is not None):
+        raise InputError(
+            f"target_stats must be given if, and only if, the policy does not predict actions as they are: "
+            f"{config.action_target}; data.target_statistics computes them"
+        )
+    if target_stats is not None:
+        stats = {**stats, ACTION: target_stats}
     device = config.device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
     config = dataclasses.replace(config, device=device)
     pre, post = processors.default_pipelines(
-        config.input_features, config.output_features, config.normalization_mapping, stats, device, rename_map
+        config.input_features,
+        config.output_features,
+        config.normalization_mapping,
+        stats,
+        device,
+        rename_map,
+        config.action_target,
+        image_size,
     )
     return FunctionalPolicy(config, _graphdef(config), pre, post)
 
@@ -282,7 +305,7 @@ def find_policy(path: str | Path, revision: str | None = None) -> Path:
 
 
 def load_config(folder: Path) -> PolicyConfig:
-    """Read a policy folder's config.json into the settings class of its type."""
+    """Read a policy folder's config.json, and what it predicts from its preprocessor, into its settings class."""
     data = read_config(folder)
     name, path = data["type"], folder / CONFIG_NAME
     if "." in name and name not in sys.modules:
@@ -290,7 +313,11 @@ def load_config(folder: Path) -> PolicyConfig:
             f"{path}: type '{name}' is not imported because a checkpoint must not decide which code runs; import "
             "it first, or install it as a plugin"
         )
-    return config_class(name).from_dict(data, str(path))
+    config = config_class(name).from_dict(data, str(path))
+    if not (folder / f"{processors.PREPROCESSOR_NAME}.json").exists():
+        return config
+    target = processors.Pipeline.load(folder, processors.PREPROCESSOR_NAME).action_target
+    return dataclasses.replace(config, action_target=target)
 
 
 def _check_normalized(
@@ -365,11 +392,13 @@ def _graphdef(config: PolicyConfig) -> Any:
     return nnx.split(module, nnx.Param, Buffer)[0]  # raises if the module holds any other state
 
 
-def _to_float_image(key: str, image: Any, shape: tuple[int, ...]) -> Float[Array, "... h w c"]:
+def _to_float_image(
+    key: str, image: Any, shape: tuple[int, ...], *, any_size: bool
+) -> Float[Array, "... h w c"]:
     channels, *size = shape
-    if image.shape[-3:] == (*size, channels):
+    if image.shape[-1] == channels and (any_size or image.shape[-3:-1] == tuple(size)):
         image = jnp.asarray(image)
-    elif image.shape[-3:] == shape:
+    elif image.shape[-3:-2] == (channels,) and (any_size or image.shape[-2:] == tuple(size)):
         image = jnp.moveaxis(jnp.asarray(image), -3, -1)
     else:
         raise InputError(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from lerobot_jax.settings import check_settings
 
 CONFIG_NAME = "config.json"
@@ -43,6 +44,8 @@ class PolicyConfig(abc.ABC):
     """What the policy gives; empty: the dataset's action."""
     normalization_mapping: dict[str, NormalizationMode] = dataclasses.field(default_factory=dict, hash=False)
     """Feature type -> how it is normalized; a type that is not listed is left as it is."""
+    action_target: ActionTarget = ABSOLUTE
+    """What the policy predicts; a checkpoint has it in its processors, not in config.json."""
     device: str | None = None
     """Where stock LeRobot puts the policy: cuda, cpu or mps. None: cuda if trained on a GPU, else cpu."""
     use_amp: bool = False
@@ -144,7 +147,8 @@ class PolicyConfig(abc.ABC):
         """Give the content of LeRobot's config.json."""
         data: dict[str, Any] = {"type": self.type}
         for field in dataclasses.fields(self):
-            data[field.name] = _to_json(getattr(self, field.name))
+            if field.name != "action_target":
+                data[field.name] = _to_json(getattr(self, field.name))
         return data
 
     @classmethod
@@ -201,4 +205,6 @@ def _from_json(name: str, value: Any) -> Any:
             raise ValueError(f"{name} is {value!r}: {error}") from None
     if isinstance(value, list):
         return tuple(_from_json("", item) for item in value)
+    if name == "action_target":
+        return ActionTarget(**{key: _from_json("", item) for key, item in value.items()})
     return value

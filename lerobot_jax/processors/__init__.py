@@ -1,5 +1,12 @@
 """LeRobot's pre- and post-processor pipelines: the JSON format, and each step as a function of a batch."""
 
+from lerobot_jax.processors.actions import (
+    AbsoluteActions,
+    ActionTarget,
+    DeltaActions,
+    RelativeActions,
+    SummedActions,
+)
 from lerobot_jax.processors.fast import ACTION_TOKEN_MASK, ACTION_TOKENS, FastTokenizer, TokenizeActions
 from lerobot_jax.processors.normalize import Normalizer, Unnormalizer, make_normalizers
 from lerobot_jax.processors.pipeline import (
@@ -9,7 +16,7 @@ from lerobot_jax.processors.pipeline import (
     default_pipelines,
     load_pipelines,
 )
-from lerobot_jax.processors.relative import AbsoluteActions, RelativeActions
+from lerobot_jax.processors.resize import CropResizeImages
 from lerobot_jax.processors.steps import AddBatchDimension, Device, RenameObservations
 from lerobot_jax.processors.text import (
     OBS_LANGUAGE_ATTENTION_MASK,
@@ -29,7 +36,10 @@ __all__ = [
     "POSTPROCESSOR_NAME",
     "PREPROCESSOR_NAME",
     "AbsoluteActions",
+    "ActionTarget",
     "AddBatchDimension",
+    "CropResizeImages",
+    "DeltaActions",
     "Device",
     "FastTokenizer",
     "Normalizer",
@@ -40,6 +50,7 @@ __all__ = [
     "RelativeActions",
     "RenameObservations",
     "SmolVLANewLine",
+    "SummedActions",
     "TokenizeActions",
     "TokenizeTask",
     "Unnormalizer",

@@ -74,27 +74,32 @@ class _Normalization(Step):
             )
         return [np.asarray(self.stats[key][name], np.float32) for name in needed]
 
-    def _scale_and_offset(self, key: str, ndim: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        low, high = (x.astype(dtype) for x in self._needed_statistics(key))
+    def _scale_and_offset(self, key: str, value: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        low, high = (x.astype(_computed_dtype(value)) for x in self._needed_statistics(key))
+        if key == ACTION and low.ndim == 2 and len(low) > 1 and value.shape[1:] != low.shape:
+            raise InputError(
+                f"'{key}' has statistics for each step of a chunk, so it must be of shape (b, {len(low)}, "
+                f"{low.shape[1]}), not {value.shape}"
+            )
         if key in self.features and self.features[key].type == FeatureType.VISUAL and low.ndim == 3:
             low, high = (
                 np.moveaxis(low, 0, -1),
                 np.moveaxis(high, 0, -1),
             )  # stored (c, 1, 1), used channel-last
-        low, high = (x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (low, high))
+        low, high = (x.reshape((1,) * (value.ndim - x.ndim) + x.shape) for x in (low, high))
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return high, low
         span = high - low
         return np.where(span == 0, low.dtype.type(self.eps), span), low
 
     def _normalize(self, key: str, value: Numbers) -> Numbers:
-        scale, offset = self._scale_and_offset(key, value.ndim, _computed_dtype(value))
+        scale, offset = self._scale_and_offset(key, value)
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return (value - offset) / (scale + scale.dtype.type(self.eps))
         return 2 * (value - offset) / scale - 1
 
     def _unnormalize(self, key: str, value: Numbers) -> Numbers:
-        scale, offset = self._scale_and_offset(key, value.ndim, _computed_dtype(value))
+        scale, offset = self._scale_and_offset(key, value)
         if self.mode(key) == NormalizationMode.MEAN_STD:
             return value * scale + offset
         return (value + 1) / 2 * scale + offset
@@ -156,13 +161,36 @@ class Unnormalizer(_Normalization):
         return batch | {key: self._unnormalize(key, batch[key]) for key in self._scaled_keys(batch)}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerStepNormalizer(Normalizer):
+    """A normalizer whose statistics of the action are (chunk, act). Its name keeps stock LeRobot from loading it:
+    its `select_action` would scale each single action of a chunk with the statistics of all steps."""
+
+    registry_name: ClassVar[str] = "lerobot_jax_per_step_normalizer"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerStepUnnormalizer(Unnormalizer):
+    """Undoes `PerStepNormalizer`."""
+
+    registry_name: ClassVar[str] = "lerobot_jax_per_step_unnormalizer"
+
+
 def make_normalizers(
     inputs: Mapping[str, PolicyFeature],
     outputs: Mapping[str, PolicyFeature],
     normalization: Mapping[str, NormalizationMode],
     stats: Stats,
+    per_step: bool = False,
 ) -> tuple[Normalizer, Unnormalizer]:
     """Build a new policy's normalizer and unnormalizer from a dataset's statistics.
+
+    Args:
+        inputs: what the policy sees.
+        outputs: what it predicts.
+        normalization: feature type -> how it is normalized.
+        stats: feature -> its statistics.
+        per_step: whether those of the action are (chunk, act) instead of (act).
 
     Raises:
         InputError: naming a feature whose statistics are missing.
@@ -173,10 +201,8 @@ def make_normalizers(
         key: {name: _stored(features.get(key), x) for name, x in values.items()}
         for key, values in stats.items()
     }
-    normalizer, unnormalizer = (
-        Normalizer(features, norm_map, stored),
-        Unnormalizer(outputs, norm_map, stored),
-    )
+    kinds = (PerStepNormalizer, PerStepUnnormalizer) if per_step else (Normalizer, Unnormalizer)
+    normalizer, unnormalizer = kinds[0](features, norm_map, stored), kinds[1](outputs, norm_map, stored)
     normalizer.check_statistics()
     unnormalizer.check_statistics()
     return normalizer, unnormalizer

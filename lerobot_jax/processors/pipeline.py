@@ -14,9 +14,25 @@ from lerobot_jax import state_dict
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import OBS_STATE, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.processors.actions import (
+    ABSOLUTE,
+    AbsoluteActions,
+    ActionTarget,
+    DeltaActions,
+    RelativeActions,
+    SummedActions,
+    make_action_steps,
+)
 from lerobot_jax.processors.fast import TokenizeActions
-from lerobot_jax.processors.normalize import Normalizer, Stats, Unnormalizer, make_normalizers
-from lerobot_jax.processors.relative import AbsoluteActions, RelativeActions
+from lerobot_jax.processors.normalize import (
+    Normalizer,
+    PerStepNormalizer,
+    PerStepUnnormalizer,
+    Stats,
+    Unnormalizer,
+    make_normalizers,
+)
+from lerobot_jax.processors.resize import CropResizeImages
 from lerobot_jax.processors.steps import AddBatchDimension, Batch, Device, RenameObservations, State, Step
 from lerobot_jax.processors.text import (
     Pi0FastStatePrompt,
@@ -35,10 +51,15 @@ STEPS: dict[str, type[Step]] = {
         RenameObservations,
         AddBatchDimension,
         Device,
+        CropResizeImages,
         Normalizer,
         Unnormalizer,
+        PerStepNormalizer,
+        PerStepUnnormalizer,
         RelativeActions,
         AbsoluteActions,
+        DeltaActions,
+        SummedActions,
         Pi0NewLine,
         SmolVLANewLine,
         Pi05StatePrompt,
@@ -118,6 +139,22 @@ class Pipeline:
             if isinstance(step, RenameObservations)
             for old, new in step.rename_map.items()
         }
+
+    @property
+    def action_target(self) -> ActionTarget:
+        """What the policy behind this preprocessor predicts."""
+        target = ABSOLUTE
+        for step in self.steps:
+            if isinstance(step, RelativeActions):
+                kind = step.representation if step.enabled else "absolute"
+                target = dataclasses.replace(step.target, representation=kind)
+        per_step = any(isinstance(step, PerStepNormalizer) for step in self.steps)
+        return dataclasses.replace(target, statistics_per_step=per_step)
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether images may have any size."""
+        return any(isinstance(step, CropResizeImages) and step.resize_size for step in self.steps)
 
     def replace(self, *replacements: Step) -> "Pipeline":
         """Give the same pipeline with each step of a replacement's type replaced."""
@@ -217,20 +254,27 @@ def default_pipelines(
     stats: Stats,
     device: str,
     rename_map: Mapping[str, str] | None = None,
+    target: ActionTarget = ABSOLUTE,
+    image_size: tuple[int, int] | None = None,
 ) -> tuple[Pipeline, Pipeline]:
     """Build what most policies use: rename, batch, device, normalize; and unnormalize, device.
 
-    Mirrors `lerobot.processor.factory.make_default_pre_post_processors`.
+    Mirrors `lerobot.processor.factory.make_default_pre_post_processors`. The statistics of `action` must be those
+    of the target, whose steps stand where LeRobot's pi0 has them: beside the normalizer, on the raw side.
 
     Raises:
         InputError: naming a feature whose statistics are missing.
     """
-    normalizer, unnormalizer = make_normalizers(inputs, outputs, normalization, stats)
+    to_target, from_target = make_action_steps(target, inputs, outputs)
+    per_step = target.statistics_per_step
+    normalizer, unnormalizer = make_normalizers(inputs, outputs, normalization, stats, per_step=per_step)
     pre: Sequence[Step] = (
         RenameObservations(dict(rename_map or {})),
         AddBatchDimension(),
         Device(device),
+        *([CropResizeImages(resize_size=image_size)] if image_size else []),
+        *to_target,
         normalizer,
     )
-    post: Sequence[Step] = (unnormalizer, Device("cpu"))
+    post: Sequence[Step] = (unnormalizer, *from_target, Device("cpu"))
     return Pipeline(PREPROCESSOR_NAME, tuple(pre)), Pipeline(POSTPROCESSOR_NAME, tuple(post))

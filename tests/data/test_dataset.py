@@ -43,9 +43,11 @@ def test_indices_timestamps_and_tasks(root: Path):
         dataset[17]
 
 
-@pytest.mark.parametrize("frame_cache_gb", [0.0, 1.0])
-def test_frames_are_those_of_their_episode_and_time(root: Path, frame_cache_gb: float):
-    dataset = LeRobotDataset("test/recorded", root=root, frame_cache_gb=frame_cache_gb)
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_frames_are_those_of_their_episode_and_time(root: Path, is_cached: bool):
+    dataset = LeRobotDataset("test/recorded", root=root)
+    if is_cached:
+        assert dataset.cache_frames(budget_gb=1)
     for row in (0, 4, 5, 12, 13, 16):
         frame = dataset[row]
         expected = picture(int(frame["episode_index"]), int(frame["frame_index"]))
@@ -111,8 +113,10 @@ def test_only_needed_entries_are_read(root: Path):
 def test_image_columns(tmp_path: Path):
     features = FEATURES | {"observation.images.top": FEATURES["observation.images.top"] | {"dtype": "image"}}
     root = record(tmp_path / "images", features=features).root
-    for cache in (0.0, 1.0):
-        dataset = LeRobotDataset("test/recorded", root=root, frame_cache_gb=cache)
+    dataset = LeRobotDataset("test/recorded", root=root)
+    for is_cached in (False, True):
+        if is_cached:
+            assert dataset.cache_frames(budget_gb=1)
         np.testing.assert_array_equal(dataset[6]["observation.images.top"], picture(1, 1))
 
 
@@ -178,7 +182,7 @@ FAULTS = {
     "broken info": (lambda r: (r / "meta/info.json").write_text("{"), "info.json: not valid JSON"),
     "info lacks fps": (lambda r: edit_info(r, lambda i: i.pop("fps")), "info.json: missing fps"),
     "fps is 0": (lambda r: edit_info(r, lambda i: i.update(fps=0)), "fps must be positive"),
-    "old format": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v2.1")), "format v2.1"),
+    "old format": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v2.0")), "v2.0"),
     "wrong total": (lambda r: edit_info(r, lambda i: i.update(total_frames=99)), "total_frames is 99"),
     "column missing": (
         lambda r: rewrite(r / DATA, lambda t: t.drop_columns(["action"])),
@@ -186,7 +190,7 @@ FAULTS = {
     ),
     "wrong width": (
         lambda r: edit_info(r, lambda i: i["features"]["action"].update(shape=[5])),
-        r"'action' does not hold \(5,\)",
+        r"statistics of 'action' have the shapes .* they must all have \(5,\)",
     ),
     "NaN": (
         lambda r: rewrite(
@@ -204,6 +208,23 @@ FAULTS = {
     "rows missing": (
         lambda r: rewrite(r / DATA, lambda t: t.slice(0, 15)),
         r"episodes \[2\] have another length",
+    ),
+    "a timestamp off": (
+        lambda r: rewrite(
+            r / DATA, set_column("timestamp", lambda c: pa.array([*c.to_pylist()[:16], 0.45], pa.float32()))
+        ),
+        r"frame 3 of episode 2 is at 0.4500 s, at 10 frames a second it should be at 0.3000 s; 1 of 17",
+    ),
+    "another fps": (lambda r: edit_info(r, lambda i: i.update(fps=20)), "14 of 17 timestamps are off: fps"),
+    "two frames in each other's place": (
+        lambda r: rewrite(
+            r / DATA, set_column("frame_index", lambda c: pa.array([1, 0, *c.to_pylist()[2:]]))
+        ),
+        "frame 0 says frame_index 1, but it is number 0 of episode 0",
+    ),
+    "a frame twice": (
+        lambda r: rewrite(r / DATA, set_column("index", lambda c: pa.array([1, *c.to_pylist()[1:]]))),
+        "some frames appear twice",
     ),
     "episode index repeated": (
         lambda r: rewrite(r / EPISODES, set_column("episode_index", lambda c: pa.array([0, 1, 1]))),
@@ -238,13 +259,14 @@ VIDEO_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("frame_cache_gb", [0.0, 1.0])
+@pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("fault", VIDEO_FAULTS)
-def test_faulty_videos_are_reported(copy: Path, fault: str, frame_cache_gb: float):
+def test_faulty_videos_are_reported(copy: Path, fault: str, is_cached: bool):
     damage, message = VIDEO_FAULTS[fault]
     damage(copy)
+    dataset = LeRobotDataset("test/recorded", root=copy)
     with pytest.raises(InputError, match=message):
-        LeRobotDataset("test/recorded", root=copy, frame_cache_gb=frame_cache_gb).read(np.arange(17))
+        dataset.cache_frames(budget_gb=1) if is_cached else dataset.read(np.arange(17))
 
 
 def test_unknown_names_are_reported(root: Path):

@@ -87,6 +87,31 @@ def test_a_dropped_episode_leaves_no_trace(writer):
     assert dataset.meta.stats["observation.state"]["max"].max() == 0
 
 
+def test_episodes_of_one_frame_are_as_good_as_others(writer):
+    """Their statistics are computed in the data's own types, others' in float."""
+    lengths = [1] * 10 + [2]
+    for length in lengths:
+        for _ in range(length):
+            writer.add_frame(frame())
+        writer.save_episode()
+    writer.finalize()
+    dataset = LeRobotDataset("test/new", writer.root)
+    assert dataset.meta.episodes["length"].tolist() == lengths
+    rows = pq.read_table(writer.root / "meta/episodes").to_pylist()
+    assert [row["stats/next.done/max"] for row in rows] == [[0.0]] * 11
+
+
+def test_no_recording_is_left_beside_the_videos(writer):
+    for _ in range(2):
+        writer.add_frame(frame())
+        writer.save_episode()
+    writer.add_frame(frame())
+    writer.finalize()
+    names = [path.name for path in (writer.root / "videos").rglob("*") if path.is_file()]
+    assert names == ["file-000.mp4"]
+    assert not list(writer.root.rglob("recording"))
+
+
 def test_existing_folders_and_bad_features_are_refused(writer, tmp_path: Path):
     with pytest.raises(InputError, match="already exists"):
         LeRobotDataset.create("test/new", fps=10, features=FEATURES, root=writer.root)

@@ -1,14 +1,19 @@
 """Folders that are not what they should be: clear errors, before anything is computed."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from lerobot_jax import state_dict
 from lerobot_jax.errors import InputError
-from lerobot_jax.policies.base import load_policy
+from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.base import load_config, load_policy, make_policy
+from lerobot_jax.processors import ActionTarget
 from tests.goldens import ROOT
 
 
@@ -74,3 +79,41 @@ def test_a_statistic_that_is_gone_is_reported(folder: Path):
         InputError, match=r"policy_preprocessor.json: 'observation.environment_state' .*are missing"
     ):
         load_policy(folder)
+
+
+STATS = {
+    "observation.state": {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)},
+    "observation.images.top": {"mean": np.zeros((3, 1, 1)), "std": np.ones((3, 1, 1))},
+    "action": {"mean": np.zeros(2, np.float32), "std": np.ones(2, np.float32)},
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ActionTarget("relative", ("grip",), action_names=("x", "gripper")),
+        ActionTarget("delta"),
+        ActionTarget(statistics_per_step=True),
+    ],
+    ids=repr,
+)
+def test_what_a_policy_predicts_comes_back_with_it(target: ActionTarget, tmp_path: Path):
+    config = dataclasses.replace(ACTConfig.tiny(), action_target=target)
+    shape = (4, 2) if target.statistics_per_step else (2,)
+    stats = {"mean": np.full(shape, 3, np.float32), "std": np.full(shape, 2, np.float32)}
+    policy = make_policy(config, STATS, target_stats=stats)
+    params, buffers = policy.init(jax.random.key(0))
+    policy.replace(params=params, buffers=buffers).save_pretrained(tmp_path)
+    assert "action_target" not in json.loads((tmp_path / "config.json").read_text())  # stock would refuse it
+    assert load_config(tmp_path).action_target == target
+    loaded = load_policy(tmp_path)  # its certificate is checked
+    assert loaded.config == policy.config
+    np.testing.assert_array_equal(loaded.preprocessor.steps[-1].stats["action"]["mean"], stats["mean"])
+
+
+def test_a_dataset_s_statistics_are_not_taken_for_those_of_the_target():
+    relative = dataclasses.replace(ACTConfig.tiny(), action_target=ActionTarget("relative"))
+    with pytest.raises(InputError, match="target_stats must be given if, and only if"):
+        make_policy(relative, STATS)
+    with pytest.raises(InputError, match="target_stats must be given if, and only if"):
+        make_policy(ACTConfig.tiny(), STATS, target_stats=STATS["action"])

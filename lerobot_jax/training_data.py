@@ -1,0 +1,332 @@
+"""What a run trains on: its datasets, the policy's features and statistics in them, samples in training order."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from lerobot_jax import hub
+from lerobot_jax.config import SourceConfig, TrainConfig
+from lerobot_jax.data import loader, mixture
+from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
+from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.samples import Batch, DeviceRows, Samples, ShuffledRows, device_bytes
+from lerobot_jax.data.streaming import Stream, StreamedSamples, open_stream
+from lerobot_jax.data.target_statistics import complete_statistics, name_joints, target_statistics
+from lerobot_jax.data.windows import policy_delta_timestamps
+from lerobot_jax.errors import InputError
+from lerobot_jax.features import ACTION, FeatureType, PolicyFeature, dataset_to_policy_features
+from lerobot_jax.policies import base
+from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.policies.config import PolicyConfig
+
+IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+DEVICE_SHARE = 0.25  # of a device's memory, for a dataset: the rest is for the policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A dataset, and which of its episodes are trained on.
+
+    Attributes:
+        config: which dataset it is.
+        meta: what it says of itself.
+        settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras` and `image_size` of `LeRobotDataset`.
+        data: the dataset, or the stream that gives it.
+        train_episodes: those to train on.
+        held_out_episodes: those for the validation loss.
+    """
+
+    config: SourceConfig
+    meta: LeRobotDatasetMetadata
+    settings: dict[str, Any]
+    data: LeRobotDataset | Stream
+    train_episodes: list[int]
+    held_out_episodes: list[int]
+
+    @property
+    def name(self) -> str:
+        return self.config.repo_id
+
+    @property
+    def dataset(self) -> LeRobotDataset:
+        """The dataset, if it is not streamed."""
+        assert isinstance(self.data, LeRobotDataset)
+        return self.data
+
+    @property
+    def features(self) -> dict[str, PolicyFeature]:
+        """What the dataset offers, under the policy's names."""
+        rename = self.config.rename_map
+        found = dataset_to_policy_features(resized_features(self.meta, self.settings["image_size"]))
+        return {rename.get(key, key): feature for key, feature in found.items()}
+
+    def num_train_frames(self, drop_n_last_frames: int) -> int:
+        """Count the frames to train on."""
+        lengths = np.asarray(self.meta.episodes["length"])[self.train_episodes] - drop_n_last_frames
+        return int(lengths.clip(min=0).sum())
+
+
+def open_sources(config: TrainConfig) -> list[Source]:
+    """Open the datasets with the windows and cameras that the policy wants; make built-in ones first.
+
+    Raises:
+        InputError: naming what is missing or damaged.
+    """
+    if config.dataset.mixture:
+        return [_open_source(config, chosen) for chosen in config.dataset.sources]
+    (only,) = config.dataset.sources
+    return [_open_source(config, dataclasses.replace(only, rename_map=config.rename_map))]
+
+
+def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
+    repo_id, root, revision = source.repo_id, source.root, source.revision
+    if root is None and repo_id.startswith("builtin/"):
+        from lerobot_jax.envs.demonstrations import make_builtin_dataset
+
+        make_builtin_dataset(repo_id)
+        root = str(hub.lerobot_home() / repo_id) if config.dataset.streaming else None
+    stream = open_stream(repo_id, root, revision) if config.dataset.streaming else None
+    meta = stream.meta if stream else LeRobotDatasetMetadata.find(repo_id, root, revision)
+    original = {new: old for old, new in source.rename_map.items()}
+    cameras = [original.get(key, key) for key in config.policy.image_features]
+    if config.dataset.mixture:
+        cameras = [key for key in cameras if key in meta.camera_keys]
+    settings = {
+        "delta_timestamps": policy_delta_timestamps(config.policy, meta.features, meta.fps),
+        "tolerance_s": config.tolerance_s,
+        "cameras": cameras if config.policy.input_features else None,
+        "image_size": config.dataset.image_size,
+    }
+    data = stream or LeRobotDataset(
+        repo_id, root=root, episodes=source.episodes, revision=revision, **settings
+    )
+    train, held_out = split_episodes(meta, source.episodes, config.dataset.eval_split)
+    opened = Source(source, meta, settings, data, train, held_out)
+    dropped = config.policy.drop_n_last_frames
+    if opened.num_train_frames(dropped) == 0:
+        raise InputError(f"{repo_id}: no episode is longer than drop_n_last_frames={dropped}")
+    return opened
+
+
+def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[FunctionalPolicy]:
+    """Fit the policy's features to the datasets, its statistics to each; load its weights if it starts from others.
+
+    Returns:
+        One for each source: the same policy with that dataset's processors. The first one has the weights.
+
+    Raises:
+        InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
+    """
+    inputs, outputs = _policy_features(config, sources)
+    policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
+    policies = []
+    for source in sources:
+        stats = _statistics(config, source, {**inputs, **outputs})
+        target = name_joints(config.policy.action_target, source.meta.features)
+        adapted = dataclasses.replace(policy_config, action_target=target)
+        target_stats = _target_statistics(adapted, source) if target.is_transformed else None
+        rename, size = source.config.rename_map, config.dataset.image_size
+        policies.append(base.make_policy(adapted, stats, rename, target_stats, size))
+    if policy_config.pretrained_path is not None:
+        first = policies[0]
+        pretrained = base.load_policy(
+            policy_config.pretrained_path, policy_config.pretrained_revision, first.config
+        )
+        policies[0] = first.replace(params=pretrained.params, buffers=pretrained.buffers)
+    return policies
+
+
+def _policy_features(
+    config: TrainConfig, sources: Sequence[Source]
+) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:
+    """Give the policy's inputs and outputs: its own, or what the datasets have; vectors as wide as the widest."""
+    offered: dict[str, PolicyFeature] = {}
+    for source in sources:
+        for key, feature in source.features.items():
+            other = offered.setdefault(key, feature)
+            if len(feature.shape) == 1 and other.type == feature.type:
+                offered[key] = max(feature, other, key=lambda f: f.shape)
+            elif other != feature:
+                raise InputError(
+                    f"dataset.mixture: '{key}' is {feature.shape} in {source.name}, {other.shape} in another "
+                    "dataset; dataset.image_size can make images equal"
+                )
+    found_outputs = {k: f for k, f in offered.items() if f.type == FeatureType.ACTION}
+    outputs = config.policy.output_features or found_outputs
+    inputs = config.policy.input_features or {k: f for k, f in offered.items() if k not in found_outputs}
+    for name, features in (("input", inputs), ("output", outputs)):
+        for key, feature in features.items():
+            for source in sources:
+                _check_offered(f"policy.{name}_features", key, feature, source, padded=len(sources) > 1)
+    return inputs, outputs
+
+
+def _check_offered(where: str, key: str, wanted: PolicyFeature, source: Source, *, padded: bool) -> None:
+    has = source.features.get(key)
+    if has == wanted:
+        return
+    if padded and has is None and wanted.type == FeatureType.VISUAL:
+        return
+    if (
+        padded
+        and has is not None
+        and has.type == wanted.type
+        and len(has.shape) == 1
+        and has.shape <= wanted.shape
+    ):
+        return
+    found = f"in shape {has.shape}" if has else f"only {sorted(source.features)}"
+    raise InputError(
+        f"{where}: '{key}' of shape {wanted.shape} is needed, dataset {source.name} has it {found}; "
+        "rename_map can rename"
+    )
+
+
+def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyFeature]) -> Any:
+    """Give a dataset's statistics under the policy's names."""
+    rename = source.config.rename_map
+    known = source.meta.stats
+    if isinstance(source.data, LeRobotDataset):
+        known = complete_statistics(known, source.data.columns)
+    stats = {rename.get(k, k): dict(values) for k, values in known.items()}
+    if config.dataset.use_imagenet_stats:
+        for key, feature in features.items():
+            if feature.type == FeatureType.VISUAL:
+                images = {name: np.array(v).reshape(3, 1, 1) for name, v in IMAGENET_STATS.items()}
+                stats[key] = stats.get(key, {}) | images
+    return mixture.pad_statistics(stats, features) if config.dataset.mixture else stats
+
+
+def _target_statistics(policy: PolicyConfig, source: Source) -> dict[str, np.ndarray]:
+    """Give the statistics of what the policy predicts of a dataset's actions."""
+    if not isinstance(source.data, LeRobotDataset):
+        raise InputError(
+            "action_target: its statistics need all actions of the dataset, so dataset.streaming must be off"
+        )
+    if source.features[ACTION] != policy.action_feature:
+        raise InputError(
+            f"action_target: the actions of {source.name} have {source.features[ACTION].shape[0]} dimensions, the "
+            f"policy {policy.action_feature.shape[0]}; only absolute actions can be padded"
+        )
+    rename = source.config.rename_map
+    columns = {rename.get(k, k): column for k, column in source.dataset.columns.items()}
+    return target_statistics(columns, policy.action_target, policy.action_delta_indices)
+
+
+def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
+    """List what a batch needs: the policy's inputs and outputs under the dataset's names, and their padding."""
+    original = {new: old for old, new in source.config.rename_map.items()}
+    keys = [original.get(key, key) for key in (*policy.config.input_features, *policy.config.output_features)]
+    return keys + [f"{key}_is_pad" for key in keys]
+
+
+def training_samples(
+    config: TrainConfig,
+    sources: Sequence[Source],
+    policy: FunctionalPolicy,
+    whole: jax.sharding.Sharding,
+    split: jax.sharding.Sharding,
+) -> Samples:
+    """Give the samples in training order; decode frames into the cache or copy them to the devices before.
+
+    Args:
+        config: the run's.
+        sources: its datasets.
+        policy: tells what a sample has.
+        whole: keeps a copy of an array on every device.
+        split: how a batch lies on the devices.
+    """
+    dropped = config.policy.drop_n_last_frames
+    if isinstance(stream := sources[0].data, Stream):
+        (source,) = sources
+        return StreamedSamples(
+            stream,
+            source.train_episodes,
+            batch_keys(policy, source),
+            config.seed,
+            buffer_size=config.dataset.buffer_size,
+            drop_n_last_frames=dropped,
+            **source.settings,
+        )
+    on_device = _prepare_frames(config, sources)
+    parts: list[Samples] = []
+    for i, source in enumerate(sources):
+        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        if on_device:
+            parts.append(DeviceRows(source.dataset, rows, keys, config.seed, whole, split))
+        else:
+            parts.append(ShuffledRows(source.dataset, rows, keys, config.seed, stream=i))
+    if not config.dataset.mixture:
+        return parts[0]
+    maps = [_feature_map(policy, source) for source in sources]
+    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], config.seed)
+
+
+def _feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
+    rename = source.config.rename_map
+    features = {**policy.config.input_features, **policy.config.output_features}
+    deltas: dict[str, list[float]] = source.settings["delta_timestamps"]
+    steps = {rename.get(key, key): len(delta) for key, delta in deltas.items()}
+    if (indices := policy.config.observation_delta_indices) is not None:
+        steps |= dict.fromkeys(policy.config.image_features, len(indices))
+    return mixture.FeatureMap(features, steps, rename)
+
+
+def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
+    """Bring frames to where `dataset.frame_mode` wants them, and say where; tell whether that is the devices."""
+    settings, mode = config.dataset, config.dataset.frame_mode
+    needed = sum(device_bytes(source.dataset) for source in sources)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    fits = 0 < needed <= DEVICE_SHARE * memory
+    on_device = mode == "device" or (mode == "auto" and fits and len(sources) == 1)
+    if mode == "device" and len(sources) > 1:
+        raise InputError("dataset.frame_mode=device works with one dataset, not with a mixture; use cache")
+    if mode == "decode" or not any(source.dataset.cameras for source in sources):
+        return on_device
+    cached = [source.dataset.cache_frames(settings.frame_cache_gb) for source in sources]
+    if mode == "cache" and not all(cached):
+        raise InputError("dataset.frame_mode=cache: the frames do not fit; raise dataset.frame_cache_gb")
+    place = (
+        "the devices"
+        if on_device
+        else "the cache on disk"
+        if all(cached)
+        else "the videos, decoded on demand"
+    )
+    why = f"dataset.frame_mode={mode}"
+    if mode == "auto":
+        room = f"{memory / 1e9:.0f} GB of device memory" if memory else "no device memory of its own"
+        why = f"{needed / 1e9:.2f} GB decoded, {room}, frame_cache_gb={settings.frame_cache_gb:g}"
+    logging.info("frames come from %s (%s)", place, why)
+    return on_device
+
+
+def held_out_batches(
+    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, samples: Samples
+) -> dict[str, Iterator[Batch]]:
+    """Give each dataset's held-out samples, once and in order, as they come in training."""
+    found = {}
+    for i, source in enumerate(sources):
+        if isinstance(samples, StreamedSamples):
+            batches = samples.validation_batches(
+                source.held_out_episodes, config.batch_size, config.max_eval_samples
+            )
+        else:
+            rows = source.dataset.first_rows(source.held_out_episodes, config.max_eval_samples)
+            keys = batch_keys(policy, source)
+            batches = loader.validation_batches(source.dataset, rows, keys, config.batch_size)
+        if config.dataset.mixture:
+            batches = _marked(batches, _feature_map(policy, source), i)
+        found[source.name] = batches
+    return found
+
+
+def _marked(batches: Iterator[Batch], to_policy: mixture.FeatureMap, number: int) -> Iterator[Batch]:
+    for batch in batches:
+        mapped = to_policy(batch)
+        size = len(next(iter(mapped.values())))
+        yield mapped | {mixture.DATASET_INDEX: np.full(size, number)}
