@@ -3,10 +3,10 @@
     python benchmarks/loader.py --lerobot_python=/path/to/lerobot/bin/python
 
 Three cases: the built-in Push-T demonstrations as ACT reads them (chunk of 100) and as Diffusion Policy does
-(horizon 16, 2 observations), and a dataset of an arm with two 480x640 cameras at 30 Hz that is made on the spot with
-stock LeRobot's encoder settings. Stock LeRobot reads with its DataLoader as `lerobot-train` sets it up; here frames
-are decoded on demand (cold), come from the cache of decoded frames (warm) or from device memory. Every side runs in
-a process of its own; they take turns, so that all see the same machine.
+(horizon 16, 2 observations), and a dataset of an arm with two 480x640 cameras at 30 Hz that is made on the spot
+with stock LeRobot's encoder settings. Stock LeRobot reads with its DataLoader as `lerobot-train` sets it up; here
+frames are decoded on demand (cold), come from the cache of decoded frames (warm) or from device memory. Every side
+runs in a process of its own; they take turns, so that all see the same machine.
 
 Printed are samples a second, samples a second of processor time (all processes and threads together), seconds from
 nothing to the first batch, host memory that is not page cache, and how much of a simulated 20 ms train step is

@@ -342,17 +342,17 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
         if isinstance(before, dict) and isinstance(now, dict):
             for key in sorted(set(before) | set(now)):
                 if f"{name}.{key}" not in FREE_ON_RESUME:
-                    pair = [
-                        _without_roots(value) if key == "mixture" else value
-                        for value in (before.get(key), now.get(key))
-                    ]
-                    _check_equal(f"{name}.{key}", *pair, where)
+                    was, is_now = (_without_roots(x.get(key)) for x in (before, now))
+                    _check_equal(f"{name}.{key}", was, is_now, where)
         else:
             _check_equal(name, before, now, where)
 
 
-def _without_roots(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [source | {"root": None} for source in mixture]
+def _without_roots(value: Any) -> Any:
+    """Give a setting without the folders of a mixture's datasets: they may have moved."""
+    if isinstance(value, list):
+        return [part | {"root": None} if isinstance(part, dict) else part for part in value]
+    return value
 
 
 def _check_equal(name: str, before: Any, now: Any, where: Path) -> None:

@@ -325,9 +325,10 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Give the content of train_config.json."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data |= {name: dataclasses.asdict(v) for name, v in data.items() if dataclasses.is_dataclass(v)}
-        target = dataclasses.asdict(self.policy.action_target)
-        return data | {"policy": self.policy.to_dict() | {"action_target": target}}
+        parts = {k: v for k, v in data.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
+        data |= {name: dataclasses.asdict(part) for name, part in parts.items()}
+        target: Any = self.policy.action_target
+        return data | {"policy": self.policy.to_dict() | {"action_target": dataclasses.asdict(target)}}
 
 
 def load_config(argv: Sequence[str]) -> TrainConfig:

@@ -35,7 +35,8 @@ class VideoEncoding:
         if self.preset is not None:
             options["preset"] = str(self.preset)
         if self.vcodec == "libsvtav1":
-            options["svtav1-params"] = f"fast-decode={self.fast_decode}"
+            # With more threads, SVT-AV1 4.1 hangs once in some hundred files.
+            options["svtav1-params"] = f"fast-decode={self.fast_decode}:lp=1"
         elif self.fast_decode:
             options["tune"] = "fastdecode"
         return options
