@@ -51,7 +51,7 @@ def test_subsets_are_distributed_like_lerobots(name: str, weights: list[float], 
     assert ours.keys() == theirs.keys()
     if len(ours) > 1:
         table = [[counts[subset] for subset in ours] for counts in (ours, theirs)]
-        assert scipy.stats.chi2_contingency(table)[1] > 1e-3
+        assert float(scipy.stats.chi2_contingency(table)[1]) > 1e-3  # pyright: ignore[reportArgumentType]
 
 
 def test_subsets_are_drawn_by_weight_without_replacement():
