@@ -99,7 +99,7 @@ def make_builtin_dataset(repo_id: str) -> None:
     root = hub.lerobot_home() / repo_id
     source = hashlib.sha256(DEMONSTRATIONS.read_bytes()).hexdigest()
     stamp = root / SOURCE_NAME
-    if root.exists() and not stamp.exists():
+    if root.exists() and any(root.iterdir()) and not stamp.exists():
         raise InputError(f"{root}: this is not the built-in dataset {repo_id}; move it away")
     if stamp.exists() and stamp.read_text() == source:
         return

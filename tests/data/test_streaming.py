@@ -98,7 +98,7 @@ def test_samples_are_those_of_the_dataset(tmp_path: Path, root: Path, one_file: 
     if one_file:
         root = record(tmp_path / "one", LENGTHS).root
     server = FailingServer(root)
-    with streamed(server.url) as samples:
+    with closing(server), streamed(server.url) as samples:
         assert len(samples) == 39
         batch = samples.read(np.arange(39))
         assert sorted(batch["index"]) == list(range(39))
@@ -108,7 +108,6 @@ def test_samples_are_those_of_the_dataset(tmp_path: Path, root: Path, one_file: 
         np.testing.assert_array_equal(later["index"][[1, 3]], batch["index"][3:5])
     fetched = [request for request in server.requests if "bytes" not in request]
     assert len(set(fetched)) == len(fetched)  # there was room for everything: each file came once
-    server.close()
     assert mirrors() == []
 
 
@@ -154,11 +153,10 @@ def test_v21_datasets_and_all_kinds_of_places(tmp_path: Path, place: str):
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/streamed", recursive=True)
     url = {"web": server.url, "folder": str(root), "file": f"file://{root}", "memory": "memory://streamed"}
-    with streamed(url[place]) as samples:
+    with closing(server), streamed(url[place]) as samples:
         assert_right(samples.read(np.arange(30)), root)
         assert (mirrors() == []) == (place in ("folder", "file"))
     memory.rm("/streamed", recursive=True)
-    server.close()
 
 
 def test_the_hub_is_read_at_one_commit(server: FailingServer, monkeypatch: pytest.MonkeyPatch):
@@ -312,7 +310,11 @@ def watched_folders() -> Iterator[list[int]]:
 def test_disk_is_bounded(tmp_path: Path):
     root = record(tmp_path / "dataset", (4,) * 7, **ONE_EPISODE_A_FILE).root
     server, max_bytes = FailingServer(root), budget(root, 0.5)
-    with watched_folders() as sizes, streamed(server.url, max_bytes, buffer_size=4) as samples:
+    with (
+        closing(server),
+        watched_folders() as sizes,
+        streamed(server.url, max_bytes, buffer_size=4) as samples,
+    ):
         for epoch in range(3):
             indices = [
                 samples.read(np.arange(i, i + 4))["index"] for i in range(28 * epoch, 28 * epoch + 28, 4)
@@ -321,7 +323,6 @@ def test_disk_is_bounded(tmp_path: Path):
     assert 0.7 * max_bytes < max(sizes) <= max_bytes
     fetched = [r for r in server.requests if "bytes" not in r and "/meta/" not in r]
     assert 14 < len(fetched) <= 4 * 14  # a file that had to go came again, once an epoch
-    server.close()
 
 
 def test_a_budget_that_cannot_hold_a_window_is_an_error(server: FailingServer):
