@@ -80,8 +80,6 @@ def deltas(case: dict[str, Any]) -> dict[str, list[float]]:
 
 def open_ours(case: dict[str, Any], root: str, side: str, workers: int) -> Iterator[Any]:
     """Give our batches, as train.py reads them."""
-    import jax
-
     from lerobot_jax import sharding
     from lerobot_jax.data import loader
     from lerobot_jax.data.dataset import LeRobotDataset
@@ -99,9 +97,7 @@ def open_ours(case: dict[str, Any], root: str, side: str, workers: int) -> Itera
     else:
         samples = ShuffledRows(dataset, rows, keys, 0)
     batches = loader.training_batches(samples, case["batch"], num_workers=workers)
-    for batch in loader.prefetch_to_device(batches, split):
-        jax.block_until_ready(batch)
-        yield batch
+    return loader.prefetch_to_device(batches, split)
 
 
 def open_lerobot(case: dict[str, Any], root: str, workers: int) -> Iterator[Any]:
@@ -154,14 +150,19 @@ def _family() -> list[int]:
 
 def measure(side: str, case: dict[str, Any], root: str, workers: int, seconds: float) -> dict[str, float]:
     started = time.perf_counter()
-    batches = open_lerobot(case, root, workers) if side == "lerobot" else open_ours(case, root, side, workers)
-    next(batches)
+    if side == "lerobot":
+        batches, wait_for = open_lerobot(case, root, workers), id
+    else:
+        import jax
+
+        batches, wait_for = open_ours(case, root, side, workers), jax.block_until_ready
+    wait_for(next(batches))
     first = time.perf_counter() - started
     for _ in range(8):  # what was read ahead does not count
         next(batches)
     num, begun, spent = 0, time.perf_counter(), processor_seconds()
     while time.perf_counter() - begun < seconds:
-        next(batches)
+        wait_for(next(batches))
         num += case["batch"]
     wall, cpu = time.perf_counter() - begun, processor_seconds() - spent
     memory = anonymous_bytes()

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import TASK
+from lerobot_jax.features import TASK, FeatureType
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
@@ -150,7 +150,10 @@ class Runner:
             if key not in observation:
                 raise InputError(f"the policy needs '{key}', the observation has {sorted(observation)}")
             value = np.asarray(observation[key])
-            if len(value) != len(self._execution) or value.size != len(value) * math.prod(feature.shape):
+            fits = value.size == len(value) * math.prod(feature.shape)
+            if feature.type == FeatureType.VISUAL and self.policy.preprocessor.resizes_images:
+                fits = value.ndim == 4  # of any height and width
+            if len(value) != len(self._execution) or not fits:
                 wanted = (len(self._execution), *feature.shape)
                 raise InputError(f"the policy needs '{key}' of shape {wanted}, it has {value.shape}")
             inputs[key] = value

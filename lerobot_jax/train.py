@@ -25,6 +25,7 @@ from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
 from lerobot_jax.data.mixture import DATASET_INDEX
+from lerobot_jax.data.streaming import StreamedSamples
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
 from lerobot_jax.features import ACTION
@@ -197,6 +198,8 @@ def main(argv: Sequence[str]) -> None:
         if stop.signal and config.save_checkpoint:
             writer.save(step, state, is_best=False)
     writer.wait()
+    if isinstance(samples, StreamedSamples):
+        samples.close()
     metrics_log.close()
     plot_curves(config.run_dir)
     last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL

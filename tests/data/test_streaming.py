@@ -156,6 +156,8 @@ def test_v21_datasets_and_all_kinds_of_places(tmp_path: Path, place: str):
     with closing(server), streamed(url[place]) as samples:
         assert_right(samples.read(np.arange(30)), root)
         assert (mirrors() == []) == (place in ("folder", "file"))
+    with pytest.raises(download.Closed):
+        samples.read(np.arange(30))
     memory.rm("/streamed", recursive=True)
 
 

@@ -1,6 +1,9 @@
 """The functions give what torchvision gave (tools/make_transforms_golden.py)."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +125,23 @@ def test_images_of_leading_axes_share_the_factor(name: str):
     together = function(IMAGES.reshape(2, 3, *IMAGES.shape[1:]), jnp.float32(0.4))
     one_by_one = [function(image, jnp.float32(0.4)) for image in IMAGES]
     np.testing.assert_array_equal(together.reshape(IMAGES.shape), one_by_one)
+
+
+def test_gray_of_colours_whose_gray_is_a_whole_number():
+    red, green, blue = np.ogrid[:256, :256, :256]
+    total = 2989 * red + 5870 * green + 1140 * blue
+    colours = np.argwhere(total % 10_000 == 0)
+    gray = jax.jit(transforms.adjust_saturation)(colours.astype(np.uint8)[None], jnp.float32(0))
+    np.testing.assert_array_equal(gray[0, :, 0], total[tuple(colours.T)] // 10_000)
+
+
+def test_optimized_programs_give_the_same():
+    """Other tests compile without optimization, which does not fuse multiplications and additions."""
+    code = "from tests.transforms import test_functions as t; [t.test_colours(name) for name in t.FACTORS]; "
+    code += "t.test_affine_with_the_recorded_matrix()"
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
 
 
 def test_images_of_one_channel():
