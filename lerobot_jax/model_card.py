@@ -18,6 +18,7 @@ from lerobot_jax import __version__
 from lerobot_jax.certificate import CERTIFICATE_NAME
 from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME
 from lerobot_jax.config import TrainConfig
+from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.errors import InputError
 from lerobot_jax.eval import EVAL_INFO_NAME, wilson_interval
@@ -96,7 +97,7 @@ def write_card(
         pipeline_tag="robotics",
         tags=list(dict.fromkeys(["robotics", "lerobot", config["type"], "lerobot_jax", "jax", *tags])),
         model_name=config["type"],
-        datasets=_hub_dataset(settings),
+        datasets=[source["repo_id"] for source in _sources(settings) if not _is_builtin(source)] or None,
         base_model=config["pretrained_path"] if _is_fine_tuned_from_hub(config) else None,
         eval_results=[result for e in evaluations if e.is_of_this_checkpoint for result in _results(e)]
         or None,
@@ -219,13 +220,24 @@ def _features(config: Mapping[str, Any]) -> str:
 def _dataset(
     settings: Mapping[str, Any], trained: TrainConfig | None, dataset: LeRobotDatasetMetadata | None
 ) -> str:
-    text, source = "## Training data\n\n", settings.get("dataset") or {}
-    if not source.get("repo_id"):
+    text, sources = "## Training data\n\n", _sources(settings)
+    if not sources:
         return text + "Which dataset the policy was trained on is not recorded."
-    name, on_hub = source["repo_id"], _hub_dataset(settings) is not None
-    lines = [f"- **Dataset:** [{name}](https://huggingface.co/datasets/{name})"]
-    if not on_hub:
-        lines = [f"- **Dataset:** `{name}`, which lerobot_jax makes itself"]
+    if len(sources) > 1:
+        rows = [
+            (
+                _link(s),
+                str(s["weight"]),
+                s["revision"] or "-",
+                _episodes(s["episodes"]) if s["episodes"] else "all",
+            )
+            for s in sources
+        ]
+        text += _table(("Dataset", "Weight", "Revision", "Episodes"), rows)
+        return text + f"\n\nImages, states and actions are normalized as for {_link(sources[0])}."
+    source = sources[0]
+    on_hub = not _is_builtin(source)
+    lines = [f"- **Dataset:** {_link(source)}"]
     if source.get("revision"):
         lines.append(f"- **Revision:** `{source['revision']}`")
     elif on_hub and trained is not None:
@@ -245,10 +257,9 @@ def _dataset(
     lines += [f"- **Frames:** {frames:,}", f"- **Frame rate:** {dataset.fps} per second"]
     more = f" and {len(tasks) - 10} more" if len(tasks) > 10 else ""
     lines.append(f"- **Tasks:** {', '.join(json.dumps(t, ensure_ascii=False) for t in tasks[:10])}{more}")
-    if source.get("eval_split"):
-        lines.append(
-            f"- **Held out:** the last {source['eval_split']:.0%} of each task's episodes, for validation"
-        )
+    held_out = settings["dataset"].get("eval_split")
+    if held_out:
+        lines.append(f"- **Held out:** the last {held_out:.0%} of each task's episodes, for validation")
     return text + "\n".join(lines)
 
 
@@ -286,7 +297,7 @@ def _training(settings: Mapping[str, Any], trained: TrainConfig | None, checkpoi
     notes = [
         "The version of lerobot_jax that trained it and the devices are not recorded; others round differently."
     ]
-    if trained.dataset.root is not None:
+    if any(source.root is not None for source in trained.dataset.sources):
         notes.append("The dataset was read from a folder: name yours with `--config.dataset.root=FOLDER`.")
     if trained.policy.pretrained_path is not None and not is_hub_name(trained.policy.pretrained_path):
         notes.append("It began from weights in a local folder, written as `FOLDER` in the recipe.")
@@ -371,11 +382,14 @@ def _rollout(config: Mapping[str, Any], dataset: LeRobotDatasetMetadata | None, 
     strange += [key for key in _cameras(config) if not key.startswith("observation.images.")]
     if strange:
         return f"LeRobot's robots give no `{strange[0]}`, so this policy runs in simulation only."
-    sizes = {key.removeprefix("observation.images."): features[key]["shape"] for key in _cameras(config)}
+    sizes = {key: features[key]["shape"][1:] for key in _cameras(config)}
+    if dataset is not None:  # what the robot's cameras gave; the policy may resize it
+        sizes |= {key: image_shape(dataset.features[key])[:2] for key in sizes if key in dataset.features}
     fps = dataset.fps if dataset is not None else "<frame_rate_of_the_dataset>"
     cameras = ", ".join(
-        f"{name}: {{type: opencv, index_or_path: <index_or_path>, width: {w}, height: {h}, fps: 30}}"
-        for name, (_, h, w) in sizes.items()
+        f"{key.removeprefix('observation.images.')}: "
+        f"{{type: opencv, index_or_path: <index_or_path>, width: {w}, height: {h}, fps: 30}}"
+        for key, (h, w) in sizes.items()
     )
     robot = (dataset.info.get("robot_type") if dataset is not None else None) or "<type_of_the_robot>"
     task = dataset.tasks[0] if dataset is not None and dataset.tasks else "<what_to_do>"
@@ -406,9 +420,21 @@ def _cameras(config: Mapping[str, Any]) -> list[str]:
     return [key for key, f in (config.get("input_features") or {}).items() if f["type"] == "VISUAL"]
 
 
-def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
-    name = (settings.get("dataset") or {}).get("repo_id")
-    return None if name is None or name.startswith("builtin/") else name
+def _sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the settings of the datasets that a run was trained on, ours or stock LeRobot's."""
+    dataset = settings.get("dataset") or {}
+    return dataset.get("mixture") or ([dataset] if dataset.get("repo_id") else [])
+
+
+def _is_builtin(source: Mapping[str, Any]) -> bool:
+    return source["repo_id"].startswith("builtin/")
+
+
+def _link(source: Mapping[str, Any]) -> str:
+    name = source["repo_id"]
+    if _is_builtin(source):
+        return f"`{name}`, which lerobot_jax makes itself"
+    return f"[{name}](https://huggingface.co/datasets/{name})"
 
 
 def _is_fine_tuned_from_hub(config: Mapping[str, Any]) -> bool:

@@ -176,9 +176,10 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
 
 
 def find_dataset(folder: Path) -> LeRobotDatasetMetadata | None:
-    """Find the metadata of the dataset that a policy was trained on, None if that very dataset cannot be found."""
+    """Find the metadata of the (first) dataset that a policy was trained on, None unless as it was then."""
     path = folder / TRAIN_CONFIG_NAME
-    source = (read_json(path) if path.exists() else {}).get("dataset") or {}
+    settings = (read_json(path) if path.exists() else {}).get("dataset") or {}
+    source = next(iter(settings.get("mixture") or ()), settings)
     name, root, revision = (source.get(key) for key in ("repo_id", "root", "revision"))
     if name is None or (revision is None and not Path(root or hub.lerobot_home() / name, INFO_PATH).exists()):
         return None  # what a name without a revision is on the Hub today is not what was trained on

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +15,27 @@ from lerobot_jax.policies.base import config_class
 
 def rebuild_config(settings: Mapping[str, Any]) -> TrainConfig | None:
     """Turn the content of train_config.json back into a config; None if another program or version wrote it."""
-    default = TrainConfig()
     try:
         policy = config_class(settings["policy"]["type"]).from_dict(settings["policy"])
-        parts: dict[str, Any] = {}
-        for name in {field.name for field in dataclasses.fields(TrainConfig)} - {"policy"}:
-            value, part = settings[name], getattr(default, name)
-            if dataclasses.is_dataclass(part):
-                value = type(part)(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-            parts[name] = value
-        config = TrainConfig(policy=policy, **parts)
+        config = _from_json(TrainConfig, {name: x for name, x in settings.items() if name != "policy"})
+        config = dataclasses.replace(config, policy=policy)
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         return None
     return config if json.loads(json.dumps(config.to_dict())) == settings else None
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """Undo what JSON does to a value of some type: dataclasses become objects, tuples lists."""
+    parts = [kind, *typing.get_args(kind)]
+    if isinstance(value, list):
+        sequence = next((part for part in parts if typing.get_origin(part) is tuple), tuple[Any, ...])
+        return tuple(_from_json(typing.get_args(sequence)[0], item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(type, kind)(**{name: _from_json(hints[name], x) for name, x in value.items()})
+    return {name: _from_json(parts[-1], item) for name, item in value.items()}
 
 
 def write_recipe(config: TrainConfig) -> str:
@@ -44,7 +53,11 @@ def write_recipe(config: TrainConfig) -> str:
     config = dataclasses.replace(
         config,
         policy=policy,
-        dataset=dataclasses.replace(config.dataset, root=None),
+        dataset=dataclasses.replace(
+            config.dataset,
+            root=None,
+            mixture=tuple(dataclasses.replace(source, root=None) for source in config.dataset.mixture),
+        ),
         wandb=WandBConfig(),
         resume=False,
         output_dir=None,

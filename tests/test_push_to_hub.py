@@ -16,15 +16,24 @@ from huggingface_hub import ModelCard
 
 from lerobot_jax import push_to_hub as push
 from lerobot_jax import train
-from lerobot_jax.config import DatasetConfig, EnvConfig, SchedulerConfig, TrainConfig, WandBConfig
+from lerobot_jax.config import (
+    DatasetConfig,
+    EnvConfig,
+    SchedulerConfig,
+    SourceConfig,
+    TrainConfig,
+    WandBConfig,
+)
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.files import write_json
 from lerobot_jax.model_card import Checkpoint, write_card
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy, make_policy
+from lerobot_jax.processors.actions import ActionTarget
 from lerobot_jax.push_to_hub import push_to_hub
 from lerobot_jax.recipe import rebuild_config, write_recipe
+from lerobot_jax.transforms import ImageTransformConfig, ImageTransformsConfig
 from tests.data.recordings import record
 from tests.fake_hub import FakeHub, Repository, connected
 from tests.test_hub import fetched, tiny_files, tiny_policy, weights
@@ -43,6 +52,16 @@ CONFIG = TrainConfig(
     resume=True,
     steps=20,
     ema_decay=0.9,
+)
+MIXTURE = DatasetConfig(
+    mixture=(
+        SourceConfig("alice/blocks", 2.0, revision="0" * 40, rename_map={"observation.images.a": "top"}),
+        SourceConfig("bob/cups", root="/home/alice/cups", episodes=(1, 3)),
+    ),
+    image_size=(96, 128),
+    image_transforms=ImageTransformsConfig(
+        enable=True, tfs={"crop": ImageTransformConfig(type="RandomCrop", kwargs={"size": (84, 84)})}
+    ),
 )
 METRICS = [{"step": 10, "loss": 2.0}, {"step": 10, "eval_loss": 3.25}, {"step": 20, "loss": 1.0, "lr": 0.1}]
 RESULT = {"avg_sum_reward": 75.3, "avg_max_reward": 0.88, "pc_success": 70.0, "n_episodes": 10}
@@ -186,7 +205,7 @@ def test_the_card_says_what_the_run_tells(run: Path, tmp_path: Path):
     assert data["tags"] == ["robotics", "lerobot", "act", "lerobot_jax", "jax", "so101"]
     expected = {"library_name": "lerobot", "pipeline_tag": "robotics", "license": "cc-by-4.0"}
     assert expected.items() <= data.items()
-    assert data["datasets"] == "alice/blocks"
+    assert data["datasets"] == ["alice/blocks"]
     assert data["model-index"][0]["name"] == "act"
     result = data["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "pusht"
@@ -200,7 +219,7 @@ def test_the_card_says_what_the_run_tells(run: Path, tmp_path: Path):
         "| eval_loss | 3.25 | held-out episodes | 10 |",
         "| loss | 1 | training | 20 |",
         "    --fps=10 \\",
-        '--robot.cameras="{ top: {type: opencv, index_or_path: <index_or_path>, width: 32, height: 32, fps: 30} }"',
+        '--robot.cameras="{ top: {type: opencv, index_or_path: <index_or_path>, width: 48, height: 32, fps: 30} }"',
         "python -m lerobot_jax.eval",
     ):
         assert line in text
@@ -225,6 +244,26 @@ def test_the_recipe_in_the_card_is_the_run(run: Path):
     assert "name yours with `--config.dataset.root=FOLDER`" in text
     tuned = dataclasses.replace(CONFIG, policy=dataclasses.replace(CONFIG.policy, pretrained_path="./mine"))
     assert 'pretrained_path="FOLDER"' in write_recipe(tuned)
+
+
+def test_the_card_of_a_run_on_a_mixture(run: Path):
+    target = ActionTarget("relative", exclude_joints=("gripper",))
+    config = dataclasses.replace(
+        CONFIG, policy=dataclasses.replace(CONFIG.policy, action_target=target), dataset=MIXTURE
+    )
+    write_json(config.to_dict(), run / "checkpoints/last/pretrained_model/train_config.json")
+    card = write_card(push.find_checkpoint(run), "alice/arm")
+    assert metadata(card)["datasets"] == ["alice/blocks", "bob/cups"]
+    assert "| [bob/cups](https://huggingface.co/datasets/bob/cups) | 1.0 | - | 2 (numbers 1, 3) |" in card
+    assert "normalized as for [alice/blocks]" in card
+    assert "/home/alice" not in card
+    scope: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], scope)
+    again = scope["get_config"]()
+    assert again.policy.action_target == target
+    cups = dataclasses.replace(MIXTURE.mixture[1], root=None)
+    assert again.dataset == dataclasses.replace(MIXTURE, mixture=(MIXTURE.mixture[0], cups))
+    assert rebuild_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_what_is_not_known_is_left_out_in_plain_words(run: Path, tmp_path: Path):
@@ -302,7 +341,7 @@ def test_a_training_run_uploads_its_policy(fake: FakeHub, tmp_path: Path, monkey
     assert f"Model pushed to {fake.url}/alice/arm" in caplog.text
     assert fake.repositories["alice/arm"].private
     card = fake.files("alice/arm")["README.md"].decode()
-    assert metadata(card)["datasets"] == "test/recorded"
+    assert metadata(card)["datasets"] == ["test/recorded"]
     assert "- **Frames:** 17" in card
     here = load_policy(tmp_path / "run/checkpoints/last/pretrained_model")
     np.testing.assert_array_equal(weights(load_policy("alice/arm")), weights(here))

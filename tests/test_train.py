@@ -226,7 +226,10 @@ def test_wrong_input_stops_before_anything_is_made(arguments: list[str], tmp_pat
         r"batch_size=9 must be a multiple of the 8 devices": ["--config.batch_size=9"],
         r"dataset.root is not a LeRobotDataset": [f"--config.dataset.root={tmp_path}"],
         r"'observation.state' is to be normalized with MEAN_STD, but .* \['mean', 'std'\] are missing": [
-            f"--config.dataset.root={_without_statistics(root, tmp_path)}"
+            f"--config.dataset.root={_without_statistics(root, tmp_path)}",
+            "--config.dataset.streaming=True",
+            "--config.dataset.eval_split=0",
+            "--config.eval_steps=0",
         ],
         r"the policy's action has shape \(2,\), env.type=pusht takes|the policy needs \['observation.": [
             "--config.env.type=pusht",

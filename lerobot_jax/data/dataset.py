@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lerobot_jax import hub
-from lerobot_jax.data import frame_cache, frames, metadata, tables, video, windows, writer
+from lerobot_jax.data import frame_cache, frames, info, metadata, tables, video, windows, writer
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK
 
@@ -65,8 +65,13 @@ class LeRobotDataset:
         self._table = tables.read_table(self.meta, self.episodes)
         tables.check_timestamps(self.meta, self._table, tolerance_s)
         self.columns = self._table.columns
-        self.row_of_index = np.full(self.meta.total_frames, -1)
-        self.row_of_index[self.columns["index"]] = np.arange(len(self))
+        # The chosen episodes' frames have places 0, 1, ..., so that nothing here is as long as the whole dataset.
+        episode = self.columns["episode_index"]
+        chosen, lengths = np.unique(episode, return_counts=True)
+        self.first_place = np.full(self.meta.total_episodes, -1)
+        self.first_place[chosen] = np.cumsum(lengths) - lengths
+        self.row_of_place = np.empty(len(self), np.int64)
+        self.row_of_place[self.first_place[episode] + self.columns["frame_index"]] = np.arange(len(self))
         chosen = self.meta.camera_keys if cameras is None else cameras
         self.cameras = {key: self._open_camera(key, tolerance_s) for key in chosen}
 
@@ -124,15 +129,15 @@ class LeRobotDataset:
             rows: which frames, counted within the chosen episodes.
             keys: the entries to give, all by default.
         """
-        index = self.columns["index"][rows]
         episode = self.columns["episode_index"][rows]
-        start = self.meta.episodes["dataset_from_index"][episode]
-        end = self.meta.episodes["dataset_to_index"][episode]
+        start = self.first_place[episode]
+        end = start + self.meta.episodes["length"][episode]
+        place = start + self.columns["frame_index"][rows]
         batch: dict[str, Any] = {}
         rows_of = dict.fromkeys((*self.cameras, *self.columns), rows)
         for key, deltas in self.deltas.items():
-            wanted, batch[f"{key}_is_pad"] = windows.window(index, start, end, deltas)
-            rows_of[key] = self.row_of_index[wanted]
+            wanted, batch[f"{key}_is_pad"] = windows.window(place, start, end, deltas)
+            rows_of[key] = self.row_of_place[wanted]
         for key, camera in self.cameras.items():
             if keys is None or key in keys:
                 flat = camera.read(rows_of[key].reshape(-1))
@@ -166,16 +171,18 @@ class LeRobotDataset:
     def _open_camera(self, key: str, tolerance_s: float) -> frames.VideoFrames | frames.ImageFrames:
         if key not in self.meta.camera_keys:
             raise InputError(f"{self.repo_id}: no camera '{key}'; there are {self.meta.camera_keys}")
-        shape = _channel_last_shape(self.meta.features[key])
+        shape = info.image_shape(self.meta.features[key])
         if key in self.meta.image_keys:
             table = self._table
             return frames.ImageFrames(
                 table.files, table.file_of_row, table.place_of_row, key, shape, self.image_size
             )
         episode = self.columns["episode_index"]
-        names = [self.meta.video_file(e, key) for e in range(self.meta.total_episodes)]
-        used = sorted({names[e] for e in np.unique(episode)})
-        file_of_episode = np.array([used.index(name) if name in used else -1 for name in names])
+        names = {e: self.meta.video_file(e, key) for e in np.unique(episode).tolist()}
+        used = sorted(set(names.values()))
+        number = {name: i for i, name in enumerate(used)}
+        file_of_episode = np.full(self.meta.total_episodes, -1)
+        file_of_episode[list(names)] = [number[name] for name in names.values()]
         # Like stock: the offset is added in float64 to the float32 timestamp of the table.
         times = self.meta.episodes[f"videos/{key}/from_timestamp"][episode] + self.columns[
             "timestamp"
@@ -216,11 +223,6 @@ def _checked_episodes(
         what = f"{outside} are not among 0..{meta.total_episodes - 1}" if outside else "give some, each once"
         raise InputError(f"dataset.episodes: {what}")
     return list(episodes)
-
-
-def _channel_last_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
-    shape = tuple(feature["shape"])
-    return (*shape[1:], shape[0]) if str((feature["names"] or [""])[0]).startswith("channel") else shape
 
 
 def resized_features(

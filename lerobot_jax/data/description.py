@@ -10,7 +10,7 @@ import numpy as np
 
 from lerobot_jax import policies
 from lerobot_jax.data import tables, video
-from lerobot_jax.data.info import is_channel_first
+from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, dataset_to_policy_features
@@ -119,7 +119,7 @@ def _features(meta: LeRobotDatasetMetadata) -> Iterator[list[str]]:
 def _cameras(meta: LeRobotDatasetMetadata) -> Iterator[list[str]]:
     for key in meta.camera_keys:
         feature = meta.features[key]
-        height, width = feature["shape"][1:] if is_channel_first(feature) else feature["shape"][:2]
+        height, width, _ = image_shape(feature)
         decoded = size(_frame_bytes(feature) * meta.total_frames)
         codec, spacing = "images in the tables", "every frame"
         if key in meta.video_keys:

@@ -107,9 +107,10 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def is_channel_first(feature: Mapping[str, Any]) -> bool:
-    """Tell whether a camera's shape is (channels, height, width), as some old datasets have it."""
-    return feature["names"][0] in CHANNELS
+def image_shape(feature: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Give a camera's (height, width, channels); some old datasets declare the channels first."""
+    a, b, c = feature["shape"]
+    return (b, c, a) if feature["names"][0] in CHANNELS else (a, b, c)
 
 
 def _check_version(path: Path, version: Any) -> None:

@@ -89,7 +89,7 @@ class LeRobotDatasetMetadata:
             return cls.load(repo_id, folder)
         if root is not None:
             raise InputError(f"{folder / INFO_PATH}: no such file, so dataset.root is not a LeRobotDataset")
-        snapshot = fetch_dataset(repo_id, revision or _newest_tag(repo_id), [INFO_PATH, "meta/*"])
+        snapshot = fetch_dataset(repo_id, revision or newest_tag(repo_id), [INFO_PATH, "meta/*"])
         return cls.load(repo_id, snapshot, snapshot.name)
 
     @classmethod
@@ -172,7 +172,7 @@ def fetch_dataset(repo_id: str, revision: str, files: list[str]) -> Path:
     )
 
 
-def _newest_tag(repo_id: str) -> str:
+def newest_tag(repo_id: str) -> str:
     """Choose the tag of the newest format that a dataset on the Hub has; without the Hub, that its cache has."""
     tags = (V30, V21)
     try:
@@ -197,9 +197,17 @@ def _newest_tag(repo_id: str) -> str:
     )
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a parquet file; raise `InputError` naming it when it is missing or damaged."""
-    return _undamaged(path, lambda: pq.ParquetFile(path).read(columns=columns))
+def read_parquet(
+    path: Path, columns: list[str] | None = None, row_groups: list[int] | None = None
+) -> pa.Table:
+    """Read a parquet file, or some of its row groups; raise `InputError` naming it if missing or damaged."""
+
+    def read() -> pa.Table:
+        file = pq.ParquetFile(path)
+        groups = range(file.num_row_groups) if row_groups is None else row_groups
+        return file.read_row_groups(groups, columns=columns)
+
+    return _undamaged(path, read)
 
 
 def read_parquet_metadata(path: Path) -> pq.FileMetaData:

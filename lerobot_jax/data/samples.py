@@ -128,16 +128,17 @@ def device_bytes(dataset: LeRobotDataset) -> int:
 def _copy_to_devices(
     dataset: LeRobotDataset, keys: Collection[str], whole: jax.sharding.Sharding
 ) -> dict[str, dict[str, jax.Array]]:
-    index, episode = dataset.columns["index"], dataset.columns["episode_index"]
+    episode = dataset.columns["episode_index"]
+    start = dataset.first_place[episode]
     bounds = {
-        "index": index,
-        "start": dataset.meta.episodes["dataset_from_index"][episode],
-        "end": dataset.meta.episodes["dataset_to_index"][episode],
+        "place": start + dataset.columns["frame_index"],
+        "start": start,
+        "end": start + dataset.meta.episodes["length"][episode],
     }
     values = {key: column for key, column in dataset.columns.items() if key in keys}
     arrays = {
         "bounds": {name: jax.device_put(x.astype(np.int32), whole) for name, x in bounds.items()},
-        "row_of": {"index": jax.device_put(dataset.row_of_index.astype(np.int32), whole)},
+        "row_of": {"place": jax.device_put(dataset.row_of_place.astype(np.int32), whole)},
         "values": {key: jax.device_put(column, whole) for key, column in values.items()},
     }
     cameras = {key: camera for key, camera in dataset.cameras.items() if key in keys}
@@ -164,14 +165,14 @@ def _gather(
 ) -> Batch:
     """Do what `LeRobotDataset.read` does, with arrays on the devices."""
     bounds = arrays["bounds"]
-    index, start, end = (_take(bounds[name], rows)[:, None] for name in ("index", "start", "end"))
+    place, start, end = (_take(bounds[name], rows)[:, None] for name in ("place", "start", "end"))
     batch = {}
     for key, delta in deltas.items():
-        wanted = index + delta[None]  # b t
+        wanted = place + delta[None]  # b t
         if f"{key}_is_pad" in keys:
             batch[f"{key}_is_pad"] = (wanted < start) | (wanted >= end)
         if key in keys:
-            inside = _take(arrays["row_of"]["index"], jnp.clip(wanted, start, end - 1))
+            inside = _take(arrays["row_of"]["place"], jnp.clip(wanted, start, end - 1))
             batch[key] = _take(arrays["values"][key], inside)
     for key in keys:
         if key in arrays["values"] and key not in deltas:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lerobot_jax.data.info import CAMERA_DTYPES, MAX_COUNT, Stats, is_channel_first, shown
+from lerobot_jax.data.info import CAMERA_DTYPES, MAX_COUNT, Stats, image_shape, shown
 from lerobot_jax.errors import InputError
 
 EXTREMES = (
@@ -90,7 +90,6 @@ def check_values(where: str, values: Mapping[str, np.ndarray]) -> None:
 
 def _statistics_shapes(feature: Mapping[str, Any]) -> set[tuple[int, ...]]:
     """Give the shapes that a feature's statistics may have: v2.1 keeps all axes, v3.0 the last."""
-    shape = feature["shape"]
     if feature["dtype"] in CAMERA_DTYPES:
-        return {(shape[0] if is_channel_first(feature) else shape[2], 1, 1)}
-    return {shape[-1:], shape}
+        return {(image_shape(feature)[2], 1, 1)}
+    return {feature["shape"][-1:], feature["shape"]}

@@ -32,9 +32,11 @@ from lerobot_jax import hub
 from lerobot_jax.data import info, metadata, metadata_v21
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.download import AbsentError, Closed, FsspecFolder, Patience, RemoteFolder, WebFolder
+from lerobot_jax.data.frames import VideoFrames
 from lerobot_jax.data.mirror import DatasetFiles, FilesInPlace, Mirror
 from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.stream_order import StreamOrder
+from lerobot_jax.data.video_decoder import close_decoders
 from lerobot_jax.errors import InputError
 
 MAX_BYTES = 50_000_000_000
@@ -118,7 +120,7 @@ def _pinned(repo_id: str, url: str | None, revision: str | None) -> tuple[str, s
         if found is None:
             raise InputError(f"dataset.root: {url} is not of the form hf://datasets/USER/NAME@REVISION")
         repo_id, revision, folder = found[1], revision or found[2] or "main", found[3] or ""
-    revision = revision or metadata._newest_tag(repo_id)
+    revision = revision or metadata.newest_tag(repo_id)
     try:
         commit = huggingface_hub.HfApi().dataset_info(repo_id, revision=revision).sha
     except hub.CALL_ERRORS as error:
@@ -183,6 +185,12 @@ class _Window:
         self._index = index[self._rows]
         self.dataset = dataset
 
+    def close(self) -> None:
+        """Close its files, so that they take no room once they are removed."""
+        for camera in self.dataset.cameras.values() if self.dataset else ():
+            if isinstance(camera, VideoFrames):
+                close_decoders(camera.files)
+
     def read(self, frames: Int[np.ndarray, " b"], keys: Collection[str]) -> Batch:
         assert self.dataset is not None
         return self.dataset.read(self._rows[np.searchsorted(self._index, frames)], keys)
@@ -239,6 +247,8 @@ class StreamedSamples:
             self._changed.notify_all()
         self.stream.close()
         self._thread.join(1.0)
+        for window in self._windows.values():
+            window.close()
 
     def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
         windows, frames = self.order.locate(positions)
@@ -274,6 +284,7 @@ class StreamedSamples:
                         yield _joined(parts)
                         parts, missing = [], batch_size
             finally:
+                window.close()
                 self.stream.files.release(window.files)
         if parts:
             yield _joined(parts)
@@ -312,6 +323,7 @@ class StreamedSamples:
                 raise Closed
             return
         window = self._windows.pop(idle[0])
+        window.close()
         self.stream.files.release(window.files)
 
     def _look_ahead(self, number: int) -> None:

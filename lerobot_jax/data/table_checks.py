@@ -9,7 +9,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_jax.data.info import DEFAULT_FEATURES, EPISODES_IN, is_channel_first
+from lerobot_jax.data.info import DEFAULT_FEATURES, EPISODES_IN, image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.problems import RESTORE, Problems, spans
 
@@ -161,7 +161,7 @@ class TableInspection:
         self, key: str, column: pa.ChunkedArray, note: Callable[[str, np.ndarray], None]
     ) -> None:
         feature = self.meta.features[key]
-        shape = tuple(feature["shape"][1:] if is_channel_first(feature) else feature["shape"][:2])
+        shape = image_shape(feature)[:2]
         unreadable, other_size = np.zeros((2, len(column)), bool)
         for i, cell in enumerate(column):
             try:

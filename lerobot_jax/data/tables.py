@@ -114,20 +114,38 @@ def _read_file(
     if missing:
         raise InputError(f"{path}: lacks the columns {missing} that info.json declares")
     features = _numeric(meta.features)
-    table = metadata.read_parquet(path, list(features))
+    groups, places = _row_groups(path, episodes)
+    table = metadata.read_parquet(path, list(features), groups)
     episode = _to_numpy(path, "episode_index", features["episode_index"], table["episode_index"])
-    places = np.flatnonzero(np.isin(episode, episodes))
+    rows = np.flatnonzero(np.isin(episode, episodes))
     lengths = meta.episodes["length"]
-    counts = np.bincount(episode[places].clip(min=0), minlength=len(lengths))
+    counts = np.bincount(episode[rows].clip(min=0), minlength=len(lengths))
     bad = [e for e in episodes if counts[e] != lengths[e]]
     if bad:
         raise InputError(
             f"{path}: episodes {bad[:5]} have another length: {counts[bad[0]]} rows, "
             f"meta/episodes declares {lengths[bad[0]]}"
         )
-    if len(places) < len(table):
-        table = table.take(pa.array(places))
-    return {key: _to_numpy(path, key, feature, table[key]) for key, feature in features.items()}, places
+    if len(rows) < len(table):
+        table = table.take(pa.array(rows))
+    columns = {key: _to_numpy(path, key, feature, table[key]) for key, feature in features.items()}
+    return columns, places[rows]
+
+
+def _row_groups(path: Path, episodes: Sequence[int]) -> tuple[list[int], Int[np.ndarray, " n"]]:
+    """List the row groups that may hold some episodes, and the places of their rows in the file."""
+    footer = metadata.read_parquet_metadata(path)
+    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    wanted = np.asarray(episodes)
+    groups, places, end = [], [np.empty(0, np.int64)], 0
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        start, end = end, end + group.num_rows
+        known = group.column(names.index("episode_index")).statistics
+        if known is None or not known.has_min_max or ((wanted >= known.min) & (wanted <= known.max)).any():
+            groups.append(number)
+            places.append(np.arange(start, end))
+    return groups, np.concatenate(places)
 
 
 def _check_indices(meta: metadata.LeRobotDatasetMetadata, table: Table) -> None:

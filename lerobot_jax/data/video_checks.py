@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lerobot_jax.data import video
-from lerobot_jax.data.info import EPISODES_IN, INFO_PATH, is_channel_first
+from lerobot_jax.data.info import EPISODES_IN, INFO_PATH, image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.problems import RESTORE, Problems, spans
 from lerobot_jax.errors import InputError
@@ -111,8 +111,9 @@ class VideoInspection:
     def check_formats(self) -> None:
         """Check the camera's videos against info.json, which is to blame when they all agree with each other."""
         feature = self.meta.features[self.key]
-        shape = feature["shape"][1:] if is_channel_first(feature) else feature["shape"][:2]
-        declared = {"height, width": tuple(shape), "frames a second": self.fps} | (feature.get("info") or {})
+        declared = {"height, width": image_shape(feature)[:2], "frames a second": self.fps} | (
+            feature.get("info") or {}
+        )
         for what in dict.fromkeys(name for form in self._formats.values() for name in form):
             if what not in declared:
                 continue

@@ -227,6 +227,15 @@ _idle: list[_Decoder] = []  # the one used longest ago first
 _idle_lock = threading.Lock()
 
 
+def close_decoders(sources: Sequence[VideoFile]) -> None:
+    """Close the decoders that wait for their next use; a removed file takes room until then."""
+    with _idle_lock:
+        closed = [decoder for decoder in _idle if decoder.source in sources]
+        _idle[:] = [decoder for decoder in _idle if decoder.source not in sources]
+    for decoder in closed:
+        decoder.close()
+
+
 @contextlib.contextmanager
 def _borrowed_decoder(source: VideoFile) -> Iterator[_Decoder]:
     """Take an open decoder of the file that nobody uses, or open one; keep it open for later unless it failed."""

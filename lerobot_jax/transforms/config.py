@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from lerobot_jax.errors import InputError
@@ -63,24 +62,6 @@ class ImageTransformsConfig:
             raise InputError(
                 "image_transforms.tfs must have a transform with a weight above 0, or set enable=False"
             )
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> "ImageTransformsConfig":
-        """Build the settings from their JSON form, ours or LeRobot's.
-
-        Raises:
-            InputError: naming the setting that is unknown or wrong.
-        """
-        check_settings(settings, {**typing.get_type_hints(cls), "tfs": dict[str, dict[str, Any]]})
-        tfs = {}
-        for name, tf in settings.get("tfs", {}).items():
-            try:
-                check_settings(tf, typing.get_type_hints(ImageTransformConfig))
-                kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in tf.get("kwargs", {}).items()}
-                tfs[name] = ImageTransformConfig(**{**tf, "kwargs": kwargs})
-            except InputError as error:
-                raise InputError(f"image_transforms.tfs.{name}: {error}") from None
-        return cls(**{**settings, "tfs": tfs} if "tfs" in settings else settings)
 
 
 def make_transform(config: ImageTransformConfig) -> Transform:

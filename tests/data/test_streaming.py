@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,9 @@ def test_disk_is_bounded(tmp_path: Path):
                 samples.read(np.arange(i, i + 4))["index"] for i in range(28 * epoch, 28 * epoch + 28, 4)
             ]
             assert sorted(np.concatenate(indices)) == list(range(28))
+        for descriptor in Path("/proc/self/fd").glob("*"):  # a removed file takes room while it is open
+            with suppress(FileNotFoundError):
+                assert not re.search(r"mirror-.*\(deleted\)", os.readlink(descriptor))
     assert 0.7 * max_bytes < max(sizes) <= max_bytes
     fetched = [r for r in server.requests if "bytes" not in r and "/meta/" not in r]
     assert 14 < len(fetched) <= 4 * 14  # a file that had to go came again, once an epoch
