@@ -6,9 +6,9 @@ from lerobot_jax import hub
 
 
 def keep_compiled_programs() -> None:
-    """Use the compilation cache in the cache folder."""
-    jax.config.update("jax_compilation_cache_dir", str(hub.cache_home() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    """Use the compilation cache in the cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_home() / "compiled"))
 
 
 def compile_quickly(function, *args):

@@ -31,15 +31,15 @@ from absl import logging
 from lerobot_jax import hub
 from lerobot_jax.config import parse
 from lerobot_jax.data import cache_folder, metadata
-from lerobot_jax.data.checking import Inspection
-from lerobot_jax.data.description import align, describe, size
 from lerobot_jax.data.info import STATS_PATH, V21
+from lerobot_jax.data.inspection.checking import Inspection
+from lerobot_jax.data.inspection.description import align, describe, size
+from lerobot_jax.data.inspection.sheet import draw_episode, feature_names
+from lerobot_jax.data.inspection.statistics_reading import camera_statistics, read_column
+from lerobot_jax.data.inspection.statistics_table import LEGEND, Comparison, compare_images, compare_numbers
+from lerobot_jax.data.inspection.table_checks import INDEX_COLUMNS
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.sheet import draw_episode, feature_names
 from lerobot_jax.data.statistics import averaged_statistics, exact_statistics
-from lerobot_jax.data.statistics_reading import camera_statistics, read_column
-from lerobot_jax.data.statistics_table import LEGEND, Comparison, compare_images, compare_numbers
-from lerobot_jax.data.table_checks import INDEX_COLUMNS
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging

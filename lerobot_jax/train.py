@@ -6,6 +6,7 @@ Continue a stopped run with `--config.resume=True`: it goes on exactly where its
 SIGTERM save a checkpoint before they end the run. Mirrors `lerobot.scripts.lerobot_train`.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -137,7 +138,9 @@ def main(argv: Sequence[str]) -> None:
     writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
     pending: list[dict[str, jax.Array]] = []
     batch, data_wait, since = first_batch, 0.0, time.monotonic()
-    with StopRequest() as stop, progress_bar("training", config.steps, "step", initial=first_step) as bar:
+    stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()
+    progress = progress_bar("training", config.steps, "step", initial=first_step)
+    with StopRequest() as stop, stream, progress as bar:
         while step < config.steps and not stop.signal:
             state, metrics = train_step(state, batch, step_key)
             step += 1
@@ -198,8 +201,6 @@ def main(argv: Sequence[str]) -> None:
         if stop.signal and config.save_checkpoint:
             writer.save(step, state, is_best=False)
     writer.wait()
-    if isinstance(samples, StreamedSamples):
-        samples.close()
     metrics_log.close()
     plot_curves(config.run_dir)
     last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL
@@ -271,7 +272,7 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
 
     def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
-        images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8}
+        images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8 and v.ndim > 3}
         return loss_fn(params, buffers, batch | augment(augment_key, images), key)
 
     gradient = jax.grad(augmented_loss, has_aux=True)
@@ -288,7 +289,10 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
-        return jax.tree.map(lambda g: g / num, total), (jax.tree.map(jnp.nanmean, metrics), buffers)
+        means = {
+            name: jnp.nanmean(x) if _is_of_one_dataset(name) else jnp.mean(x) for name, x in metrics.items()
+        }
+        return jax.tree.map(lambda g: g / num, total), (means, buffers)
 
     schedule, base_lr = optim.make_schedule(config), optim.optimizer_settings(config)["lr"]
 
@@ -339,10 +343,14 @@ def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
     found = {}
     for name in steps[0]:
         values = np.array([step[name] for step in steps])
-        known = values[~np.isnan(values)] if name.startswith("loss/") else values
+        known = values[~np.isnan(values)] if _is_of_one_dataset(name) else values
         if len(known):
             found[name] = float(np.mean(known))
     return found
+
+
+def _is_of_one_dataset(metric: str) -> bool:
+    return metric.startswith("loss/")
 
 
 def check_finite(loss: float, step: int, config: TrainConfig) -> None:

@@ -9,6 +9,11 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"  # most of the tests' time is the compiler's: this halves it
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
+    10**10
+)  # with a limit, JAX locks it against other processes
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
@@ -20,10 +25,6 @@ import tests.typechecker  # noqa: F401  (named in the hook)
 jaxtyping.install_import_hook("lerobot_jax", "tests.typechecker.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(autouse=True, scope="session")

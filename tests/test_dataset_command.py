@@ -10,7 +10,7 @@ import pytest
 
 from lerobot_jax import dataset as command
 from lerobot_jax.data.dataset import LeRobotDataset
-from lerobot_jax.data.sheet import feature_names
+from lerobot_jax.data.inspection.sheet import feature_names
 from lerobot_jax.data.video import H264
 from lerobot_jax.errors import InputError
 from tests.data.recordings import FEATURES, record

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lerobot_jax.data.checking import Inspection
+from lerobot_jax.data.inspection.checking import Inspection
 from lerobot_jax.data.video import H264, VideoEncoding, VideoWriter
 from tests.data.recordings import FEATURES, picture, record
 

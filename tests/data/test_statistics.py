@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lerobot_jax.data import statistics, statistics_reading
+from lerobot_jax.data import statistics
+from lerobot_jax.data.inspection import statistics_reading
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.video import H264
 from lerobot_jax.errors import InputError

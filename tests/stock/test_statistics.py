@@ -9,9 +9,9 @@ import pytest
 
 from lerobot_jax import dataset as command
 from lerobot_jax.data import video
+from lerobot_jax.data.inspection.statistics_reading import read_column
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.statistics import QUANTILES, averaged_statistics
-from lerobot_jax.data.statistics_reading import read_column
 from tests.data.recordings import FEATURES, record
 from tests.stock.conftest import lerobot_python, run_command
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lerobot_jax.data.info import DEFAULT_FEATURES, EPISODES_IN, image_shape
+from lerobot_jax.data.inspection.problems import RESTORE, Problems, spans
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.problems import RESTORE, Problems, spans
 
 INDEX_COLUMNS = tuple(DEFAULT_FEATURES)
 

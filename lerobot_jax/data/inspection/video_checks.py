@@ -13,8 +13,8 @@ from jaxtyping import Float
 
 from lerobot_jax.data import video
 from lerobot_jax.data.info import EPISODES_IN, INFO_PATH, image_shape
+from lerobot_jax.data.inspection.problems import RESTORE, Problems, spans
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.problems import RESTORE, Problems, spans
 from lerobot_jax.errors import InputError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lerobot_jax.data.description import align
+from lerobot_jax.data.inspection.description import align
 from lerobot_jax.data.statistics import explained
 
 COLUMNS = ("min", "q01", "q10", "q50", "q90", "q99", "max", "mean", "std")

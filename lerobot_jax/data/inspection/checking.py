@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from lerobot_jax.data import metadata, metadata_v21
 from lerobot_jax.data.info import EPISODES_IN, INFO_PATH, STATS_PATH, V21, Stats, load_info
+from lerobot_jax.data.inspection.problems import RESTORE, Problems, spans
+from lerobot_jax.data.inspection.table_checks import INDEX_COLUMNS, Summary, TableInspection
+from lerobot_jax.data.inspection.video_checks import VideoInspection
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.problems import RESTORE, Problems, spans
 from lerobot_jax.data.statistics import QUANTILES
-from lerobot_jax.data.table_checks import INDEX_COLUMNS, Summary, TableInspection
-from lerobot_jax.data.video_checks import VideoInspection
 from lerobot_jax.errors import InputError
 from lerobot_jax.progress import progress_bar
 
