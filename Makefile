@@ -17,7 +17,7 @@ train: install
 	$(BIN)/python -m lerobot_jax.train --config=configs/act_pusht.py:state $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ def test_a_streamed_run_resumes_exactly_and_leaves_no_files(
         train.main([*arguments, *elsewhere])
 
 
+@pytest.mark.slow
 def test_frames_are_resized_and_augmented_and_the_policy_resizes_what_it_sees(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LEROBOT_JAX_CACHE", str(tmp_path / "cache"))
     image = {"dtype": "video", "shape": (48, 64, 3), "names": ["height", "width", "channels"]}

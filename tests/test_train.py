@@ -13,18 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
 from lerobot_jax import certificate, checkpoint, convert, state_dict, train
-from lerobot_jax.config import load_config
+from lerobot_jax.config import DatasetConfig, OptimizerConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.target_statistics import target_statistics
 from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
+from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.processors import ActionTarget
+from lerobot_jax.transforms import ImageTransformConfig, ImageTransformsConfig, random_transforms
 from tests.data.recordings import record
 
 RECIPE = """
@@ -259,6 +263,41 @@ def _without_statistics(root: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def test_images_are_augmented_within_the_step():
+    """Each micro-batch, with a key of its own; nothing else of the batch is touched."""
+    tfs = {"brightness": ImageTransformConfig(type="ColorJitter", kwargs={"brightness": (0.2, 0.8)})}
+    transforms = ImageTransformsConfig(enable=True, max_num_transforms=1, tfs=tfs)
+    config = TrainConfig(
+        policy=ACTConfig(optimizer_lr=1.0),
+        dataset=DatasetConfig(image_transforms=transforms),
+        optimizer=OptimizerConfig(type="sgd", grad_clip_norm=0.0),
+        gradient_accumulation_steps=2,
+    )
+    images = np.full((2, 3, 8, 8, 3), 200, np.uint8)
+    batch = {"observation.images.top": images, "index": np.arange(6, dtype=np.uint8).reshape(2, 3)}
+
+    def loss(params, buffers, batch, key):
+        means = batch["observation.images.top"].astype(jnp.float32).mean((1, 2, 3))
+        total = jnp.sum(params["w"] * means)
+        return total, ({"loss": total, "index": batch["index"].sum()}, buffers)
+
+    params = {"w": jnp.zeros(3)}
+    optimizer = optax.sgd(1.0)
+    state = {"step": jnp.array(7), "params": params, "buffers": {}, "opt_state": optimizer.init(params)}
+    new, metrics = jax.jit(train.make_train_step(loss, optimizer, config))(state, batch, jax.random.key(5))
+    micro_keys = jax.random.split(jax.random.fold_in(jax.random.key(5), 7), 2)
+    brightness = []
+    for key, some in zip(micro_keys, images, strict=True):
+        changed = random_transforms(transforms)(
+            jax.random.split(key)[0], {"observation.images.top": jnp.asarray(some)}
+        )
+        brightness.append(changed["observation.images.top"].astype(np.float32).mean((1, 2, 3)))
+    np.testing.assert_allclose(new["params"]["w"], -np.mean(brightness, axis=0), rtol=1e-5)
+    assert len(np.unique(brightness)) == 6
+    assert np.max(brightness) < 200 * 0.81
+    assert metrics["index"] == 7.5
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path: Path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step .*lower the learning rate"):
         train.main([*arguments, "--config.policy.optimizer_lr=1e30", "--config.optimizer.grad_clip_norm=0"])
@@ -289,7 +328,7 @@ def wait_for(condition, process: subprocess.Popen, tmp_path: Path) -> None:
 
 def test_killed_at_any_moment_the_run_resumes_exactly(arguments: list[str], tmp_path: Path):
     """Saves follow one another without a pause, so that most kills hit one in progress."""
-    settings = ["--config.steps=90", "--config.save_freq=3", "--config.eval_steps=0", "--config.log_freq=10"]
+    settings = ["--config.steps=45", "--config.save_freq=3", "--config.eval_steps=0", "--config.log_freq=10"]
     finish([*arguments, *settings], tmp_path)
     killed = [a.replace("/run", "/killed") for a in arguments] + settings
     folder = tmp_path / "killed"
