@@ -99,7 +99,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
 
 def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConfig:
     """Put the commits of the datasets that a run began with where the config names none."""
-    recorded = [source["revision"] for source in before["mixture"]] or [before["revision"]]
+    recorded = [source["revision"] for source in before.get("mixture", ())] or [before["revision"]]
     given = [source.revision for source in config.dataset.sources]
     if len(recorded) != len(given):
         return config  # another mixture: `_check_same` says so

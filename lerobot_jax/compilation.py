@@ -1,5 +1,7 @@
 """Compiled programs are kept on disk, so that only the first run of a configuration waits for the compiler."""
 
+import os
+
 import jax
 
 from lerobot_jax import hub
@@ -7,7 +9,7 @@ from lerobot_jax import hub
 
 def keep_compiled_programs() -> None:
     """Use the compilation cache in the cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_home() / "compiled"))
 
 

@@ -94,7 +94,17 @@ class DatasetConfig:
             raise ValueError("dataset.frame_cache_gb must not be negative, buffer_size must be positive")
         if self.mixture and self.streaming:
             raise ValueError("dataset.streaming works with one dataset, not with a mixture")
+        if self.mixture and (self.root, self.episodes, self.revision) != (None, None, None):
+            raise ValueError(
+                "dataset.mixture: each of its datasets has root, episodes and revision of its own; "
+                "dataset.root, dataset.episodes and dataset.revision must be None"
+            )
         names = [source.repo_id for source in self.mixture]
+        for name in names:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise ValueError(
+                    f"dataset.mixture: repo_id is a name, and '{name}' is a path; give that as root"
+                )
         if len(set(names)) != len(names):
             raise ValueError(
                 f"dataset.mixture: every dataset once, not {names}; weight tells how often it counts"
@@ -297,8 +307,8 @@ class TrainConfig:
         for name in ("log_freq", "eval_steps", "max_eval_samples", "env_eval_freq", "save_freq", "keep_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, it is {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, it is {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
         if self.eval_steps and not self.dataset.eval_split:

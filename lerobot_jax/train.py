@@ -8,6 +8,7 @@ SIGTERM save a checkpoint before they end the run. Mirrors `lerobot.scripts.lero
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -93,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
         if config.policy.pretrained_path is None:
             arrays = base.load_pretrained_parts(policy, *compile_quickly(policy.init, init_key)(init_key))
         state = jax.jit(make_state, out_shardings=on_every_device)(*arrays)
+        del arrays
     # From here on, the arrays are in the state.
     policies = [each.replace(params={}, buffers={}) for each in policies]
     policy = policies[0]
@@ -122,12 +124,12 @@ def main(argv: Sequence[str]) -> None:
         shape = (accumulation, config.batch_size)
         batches = ({k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()} for batch in batches)
     batches = loader.prefetch_to_device(batches, split_over_devices)
-    first_batch = next(batches)
+    batch = next(batches)
     started = time.monotonic()
-    preprocess = make_preprocess(policies)
+    preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
     loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
     train_step = jax.jit(make_train_step(loss_fn, optimizer, config), donate_argnums=0)
-    train_step = train_step.lower(state, first_batch, step_key).compile()
+    train_step = train_step.lower(state, batch, step_key).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)
     eval_loss = jax.jit(make_eval_loss(policy, preprocess))
     runner = policy.make_runner(config.eval.num_envs, config.seed)
@@ -137,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
     writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
     pending: list[dict[str, jax.Array]] = []
-    batch, data_wait, since = first_batch, 0.0, time.monotonic()
+    data_wait, since = 0.0, time.monotonic()
     stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()
     progress = progress_bar("training", config.steps, "step", initial=first_step)
     with StopRequest() as stop, stream, progress as bar:
@@ -162,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
                 means["steps_per_s"] = len(pending) / seconds
                 means["samples_per_s"] = means["steps_per_s"] * batch_size
                 means["data_wait"] = data_wait / seconds
-                check_finite(means["loss"], step, config)
+                check_finite(means["loss"], "loss", step, config)
                 metrics_log.write(step, means)
                 shown = {"loss": means["loss"], "samples/s": means["samples_per_s"]}
                 bar.set_postfix(shown | {"data": f"{means['data_wait']:.0%}"}, refresh=False)
@@ -170,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
 
             if config.eval_steps and (step % config.eval_steps == 0 or is_last):
                 held_out = training_data.held_out_batches(config, sources, policy, samples)
-                losses = held_out_losses(eval_loss, weights, held_out, eval_key)
+                losses = held_out_losses(eval_loss, weights, held_out, eval_key, mesh)
                 is_best |= metrics_log.write_scored(step, losses)
                 since = time.monotonic()
 
@@ -194,11 +196,12 @@ def main(argv: Sequence[str]) -> None:
 
             is_due = is_last or is_best or (config.save_freq and step % config.save_freq == 0)
             if config.save_checkpoint and is_due:
-                check_finite(float(metrics["loss"]), step, config)
+                check_finite(largest_weight(state), "largest weight", step, config)
                 writer.save(step, state, is_best=is_best)
                 plot_curves(config.run_dir)
                 since = time.monotonic()
         if stop.signal and config.save_checkpoint:
+            check_finite(largest_weight(state), "largest weight", step, config)
             writer.save(step, state, is_best=False)
     writer.wait()
     metrics_log.close()
@@ -207,7 +210,8 @@ def main(argv: Sequence[str]) -> None:
     if stop.signal:
         logging.info("stopped at step %d; continue with --config.resume=True", step)
         sys.exit(128 + stop.signal)
-    logging.info("done: the policy is in %s, the curves are in %s", last, config.run_dir / "curves.png")
+    saved = f"the policy is in {last}" if config.save_checkpoint else "no policy was saved, as you wished"
+    logging.info("done: %s, the curves are in %s", saved, config.run_dir / "curves.png")
     if config.policy.push_to_hub:
         repo_id, private = config.policy.repo_id, config.policy.private
         assert repo_id is not None
@@ -218,10 +222,10 @@ def main(argv: Sequence[str]) -> None:
         logging.info("Model pushed to %s", url)
 
 
-def make_preprocess(policies: Sequence[FunctionalPolicy]):
+def make_preprocess(policies: Sequence[FunctionalPolicy], *, is_mixture: bool):
     """Give the preprocessing of raw batches; in a mixture, a sample has the statistics of its own dataset."""
-    if len(policies) == 1:
-        return policies[0].preprocess
+    if not is_mixture:
+        return functools.partial(_preprocess, policies[0])
     # The samples of a mixture have the policy's names already.
     pipelines = [each.preprocessor.replace(RenameObservations({})) for each in policies]
     policies = [each.replace(preprocessor=pre) for each, pre in zip(policies, pipelines, strict=True)]
@@ -237,6 +241,14 @@ def make_preprocess(policies: Sequence[FunctionalPolicy]):
         return jax.tree.map(select, *versions)
 
     return preprocess
+
+
+def _preprocess(policy: FunctionalPolicy, batch: Tree) -> Tree:
+    """Restore the axis of single numbers, which LeRobot's datasets drop, and preprocess."""
+    features = {**policy.config.input_features, **policy.config.output_features}
+    names = {key: policy.preprocessor.rename_map.get(key, key) for key in batch}
+    single = [key for key, name in names.items() if name in features and features[name].shape == (1,)]
+    return policy.preprocess(batch | {key: batch[key][..., None] for key in single})
 
 
 def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
@@ -322,16 +334,24 @@ def make_eval_loss(policy: FunctionalPolicy, preprocess: Any):
 
 
 def held_out_losses(
-    eval_loss: Any, weights: Tree, held_out: Mapping[str, Iterable[Tree]], key: jax.Array
+    eval_loss: Any,
+    weights: Tree,
+    held_out: Mapping[str, Iterable[Tree]],
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
     """Average the loss over all held-out samples, and over those of each dataset if there are several."""
     sums, sizes = {}, {}
     for name, batches in held_out.items():
-        losses = [
-            (float(eval_loss(weights, batch, jax.random.fold_in(key, i))), len(batch[ACTION]))
-            for i, batch in enumerate(batches)
-        ]
-        sums[name], sizes[name] = sum(loss * n for loss, n in losses), sum(n for _, n in losses)
+        losses, counts = [], []
+        for i, batch in enumerate(batches):
+            counts.append(len(batch[ACTION]))
+            is_even = counts[-1] % mesh.size == 0  # the last batch may not be
+            where = sharding.batch_sharding(mesh, counts[-1]) if is_even else sharding.replicated(mesh)
+            losses.append(eval_loss(weights, jax.device_put(batch, where), jax.random.fold_in(key, i)))
+            if i:  # read the next batch while the devices work, but no further ahead
+                jax.block_until_ready(losses[-2])
+        sums[name], sizes[name] = float(np.dot(jax.device_get(losses), counts)), sum(counts)
     result = {"eval_loss": sum(sums.values()) / sum(sizes.values())}
     if len(sums) > 1:
         result |= {f"eval_loss/{name}": sums[name] / size for name, size in sizes.items() if size}
@@ -353,12 +373,21 @@ def _is_of_one_dataset(metric: str) -> bool:
     return metric.startswith("loss/")
 
 
-def check_finite(loss: float, step: int, config: TrainConfig) -> None:
-    if not math.isfinite(loss):
+@jax.jit
+def largest_weight(state: Tree) -> jax.Array:
+    """Give the largest magnitude of a parameter; NaN if there is one."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(state["params"])]))
+
+
+def check_finite(value: float | jax.Array, what: str, step: int, config: TrainConfig) -> None:
+    """Raise `InputError` when training has diverged, before anything of it is saved."""
+    value = float(value)
+    if not math.isfinite(value):
         steps = checkpoint.saved_steps(config.run_dir)
         raise InputError(
-            f"the loss is {loss} at step {step}: training has diverged; lower the learning rate (optimizer.lr) or "
-            f"raise warm-up; the last good checkpoint is {f'step {steps[-1]}' if steps else 'none'}"
+            f"the {what} is {value} at step {step}: training has diverged; lower the learning rate "
+            f"(optimizer.lr) or raise warm-up; the last good checkpoint is "
+            f"{f'step {steps[-1]}' if steps else 'none'}"
         )
 
 

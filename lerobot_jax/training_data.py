@@ -1,7 +1,7 @@
 """What a run trains on: its datasets, the policy's features and statistics in them, samples in training order."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lerobot_jax.features import ACTION, FeatureType, PolicyFeature, dataset_to_
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.transforms import check_sizes, final_size
 
 IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DEVICE_SHARE = 0.25  # of a device's memory, for a dataset: the rest is for the policy
@@ -91,6 +92,7 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
         root = str(hub.lerobot_home() / repo_id) if config.dataset.streaming else None
     stream = open_stream(repo_id, root, revision) if config.dataset.streaming else None
     meta = stream.meta if stream else LeRobotDatasetMetadata.find(repo_id, root, revision)
+    _check_rename_map(source, meta)
     original = {new: old for old, new in source.rename_map.items()}
     cameras = [original.get(key, key) for key in config.policy.image_features]
     if config.dataset.mixture:
@@ -112,6 +114,17 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
     return opened
 
 
+def _check_rename_map(source: SourceConfig, meta: LeRobotDatasetMetadata) -> None:
+    renamed = source.rename_map
+    unknown = sorted(set(renamed) - set(meta.features))
+    if unknown:
+        raise InputError(f"rename_map: {source.repo_id} has no {unknown}; it has {sorted(meta.features)}")
+    names = [renamed.get(key, key) for key in meta.features]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"rename_map: two features of {source.repo_id} would be called {twice}")
+
+
 def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[FunctionalPolicy]:
     """Fit the policy's features to the datasets, its statistics to each; load its weights if it starts from others.
 
@@ -122,6 +135,8 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
         InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
     """
     inputs, outputs = _policy_features(config, sources)
+    for source in sources:
+        _check_cameras(config, source, inputs)
     policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
     policies = []
     for source in sources:
@@ -145,8 +160,11 @@ def _policy_features(
 ) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:
     """Give the policy's inputs and outputs: its own, or what the datasets have; vectors as wide as the widest."""
     offered: dict[str, PolicyFeature] = {}
+    chosen = {**config.policy.input_features, **config.policy.output_features}
     for source in sources:
         for key, feature in source.features.items():
+            if config.policy.input_features and config.policy.output_features and key not in chosen:
+                continue
             other = offered.setdefault(key, feature)
             if len(feature.shape) == 1 and other.type == feature.type:
                 offered[key] = max(feature, other, key=lambda f: f.shape)
@@ -163,6 +181,25 @@ def _policy_features(
             for source in sources:
                 _check_offered(f"policy.{name}_features", key, feature, source, padded=len(sources) > 1)
     return inputs, outputs
+
+
+def _check_cameras(config: TrainConfig, source: Source, inputs: Mapping[str, PolicyFeature]) -> None:
+    """Check a dataset's cameras, and the sizes that image transforms make of their frames."""
+    wanted = {key: f.shape[1:] for key, f in inputs.items() if f.type == FeatureType.VISUAL}
+    given = {key: source.features[key].shape[1:] for key in wanted if key in source.features}
+    if wanted and not given:
+        raise InputError(
+            f"{source.name}: has none of the cameras {sorted(wanted)}, only {source.meta.camera_keys}; "
+            "rename_map can rename"
+        )
+    if len(given) < len(wanted):
+        logging.warning("%s: lacks %s, which will be black", source.name, sorted(set(wanted) - set(given)))
+    transforms = config.dataset.image_transforms
+    if transforms.enable and config.dataset.image_size is None:
+        check_sizes(transforms, given, {key: wanted[key] for key in given})
+    elif transforms.enable:  # the policy resizes
+        for key, size in given.items():
+            final_size(transforms, key, *size)
 
 
 def _check_offered(where: str, key: str, wanted: PolicyFeature, source: Source, *, padded: bool) -> None:

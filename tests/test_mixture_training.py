@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from lerobot_jax import convert, sharding, train, training_data
-from lerobot_jax.config import DatasetConfig, load_config
+from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.errors import InputError
+from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.metrics import read_metrics
+from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
 from tests.test_train import FEATURES, assert_same_run
@@ -70,7 +72,7 @@ def test_each_sample_is_normalized_with_its_own_datasets_statistics(arguments: l
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, 64)
     batch = training_data.training_samples(config, sources, policies[0], whole, split).read(np.arange(64))
     assert np.bincount(batch["dataset_index"])[1] in range(8, 25)
-    seen = jax.jit(train.make_preprocess(policies))(batch)
+    seen = jax.jit(train.make_preprocess(policies, is_mixture=True))(batch)
     for i, source in enumerate(sources):
         stats = source.dataset.meta.stats
         of_dataset = batch["dataset_index"] == i
@@ -139,3 +141,64 @@ def test_a_mixture_of_one_trains_as_that_dataset_alone(arguments: list[str], roo
     )
     wide = mixed["action"][mixed["dataset_index"] == 0]
     np.testing.assert_array_equal(wide, samples.read(np.arange(len(wide)))["action"])
+
+
+def test_names_that_would_train_on_nothing_are_refused(arguments: list[str]):
+    config = load_config(arguments)
+    wide, narrow = config.dataset.mixture
+
+    def error(**changes: Any) -> str:
+        mixture = (wide, dataclasses.replace(narrow, **changes))
+        changed = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, mixture=mixture))
+        with pytest.raises(InputError) as caught:
+            training_data.build_policies(changed, training_data.open_sources(changed))
+        return str(caught.value)
+
+    assert "rename_map: test/narrow has no ['observation.joint']; it has" in error(
+        rename_map={"observation.joint": STATE}
+    )
+    assert "rename_map: two features of test/narrow would be called ['observation.joints']" in error(
+        rename_map={ENV: "observation.joints"}
+    )
+    for wrong in ({"root": "elsewhere"}, {"episodes": (0,)}, {"revision": "main"}):
+        with pytest.raises(
+            ValueError, match="each of its datasets has root, episodes and revision of its own"
+        ):
+            dataclasses.replace(config.dataset, **wrong)
+    with pytest.raises(ValueError, match="'/data/foo' is a path; give that as root"):
+        dataclasses.replace(config.dataset, mixture=(SourceConfig("/data/foo"),))
+
+
+def test_a_camera_that_only_some_datasets_have(tmp_path: Path, caplog):
+    """It is black for the others; a dataset without any camera of the policy is refused."""
+    image = {"dtype": "image", "shape": (8, 8, 3), "names": ["height", "width", "channels"]}
+    numbers = {"action": FEATURES["action"], STATE: FEATURES[STATE]}
+    cameras = (("front",), ("front", "wrist"), ("other",))
+    sources = tuple(
+        SourceConfig(
+            f"test/{i}",
+            root=str(
+                record(
+                    tmp_path / str(i), (5, 6), {f"observation.images.{c}": image for c in some} | numbers
+                ).root
+            ),
+        )
+        for i, some in enumerate(cameras)
+    )
+    for chosen, policy_cameras in (((0, 1), ("front", "wrist")), ((0, 2), ("front",))):
+        inputs = {
+            f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, 8, 8)) for c in policy_cameras
+        }
+        policy = dataclasses.replace(
+            ACTConfig.tiny(),
+            input_features={STATE: PolicyFeature(FeatureType.STATE, (3,)), **inputs},
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
+        )
+        config = TrainConfig(policy=policy, dataset=DatasetConfig(mixture=tuple(sources[i] for i in chosen)))
+        opened = training_data.open_sources(config)
+        if chosen == (0, 1):
+            training_data.build_policies(config, opened)
+            assert "test/0: lacks ['observation.images.wrist'], which will be black" in caplog.text
+        else:
+            with pytest.raises(InputError, match="test/2: has none of the cameras"):
+                training_data.build_policies(config, opened)

@@ -19,7 +19,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import certificate, checkpoint, convert, state_dict, train
+from lerobot_jax import certificate, checkpoint, convert, state_dict, train, training_data
 from lerobot_jax.config import DatasetConfig, OptimizerConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.target_statistics import target_statistics
@@ -302,6 +302,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path:
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step .*lower the learning rate"):
         train.main([*arguments, "--config.policy.optimizer_lr=1e30", "--config.optimizer.grad_clip_norm=0"])
     assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(arguments: list[str], tmp_path: Path):
+    """The loss of a step is that of the weights before it."""
+    with pytest.raises(InputError, match=r"the largest weight is (nan|inf) at step 1"):
+        train.main(
+            [
+                *arguments,
+                "--config.steps=1",
+                "--config.optimizer.lr=1e38",
+                "--config.optimizer.weight_decay=1e10",
+            ]
+        )
+    assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+def test_features_of_one_number_keep_their_axis(tmp_path: Path):
+    """LeRobot's datasets give them without; a policy wants (batch, 1) and (batch, chunk, 1)."""
+    number = {"dtype": "float32", "shape": (1,), "names": None}
+    names = ("observation.state", "observation.environment_state", "action")
+    root = record(tmp_path / "one", (9, 12), dict.fromkeys(names, number)).root
+    config = TrainConfig(
+        policy=ACTConfig(chunk_size=4, n_action_steps=2), dataset=DatasetConfig("test/one", root=str(root))
+    )
+    (source,) = training_data.open_sources(config)
+    (policy,) = training_data.build_policies(config, [source])
+    keys = training_data.batch_keys(policy, source)
+    batch = source.dataset.read(np.arange(4), keys)
+    seen = train.make_preprocess([policy], is_mixture=False)(batch)
+    shapes = {key: seen[key].shape for key in ("observation.state", "action", "action_is_pad")}
+    assert shapes == {"observation.state": (4, 1), "action": (4, 4, 1), "action_is_pad": (4, 4)}
 
 
 # In a process of its own

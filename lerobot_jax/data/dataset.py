@@ -200,7 +200,7 @@ def split_episodes(
         (training episodes, held-out episodes)
     """
     by_task: dict[str, list[int]] = {}
-    for episode in range(meta.total_episodes) if episodes is None else episodes:
+    for episode in _checked_episodes(episodes, meta) or range(meta.total_episodes):
         tasks = meta.episodes["tasks"][episode] if "tasks" in meta.episodes else []
         by_task.setdefault(tasks[0] if len(tasks) else "", []).append(episode)
     train, held_out = [], []

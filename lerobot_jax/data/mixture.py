@@ -43,6 +43,7 @@ class FeatureMap:
             steps = (self.steps[key],) if key in self.steps else ()
             if feature.type != FeatureType.VISUAL:
                 value = renamed[key].reshape(size, *steps, -1)  # LeRobot drops the axis of a single number
+                value = value.astype(np.float32)  # one type, whatever dataset comes first in a batch
                 widths = [(0, 0)] * (value.ndim - 1) + [(0, feature.shape[-1] - value.shape[-1])]
                 result[key] = np.pad(value, widths)
                 continue
@@ -147,7 +148,7 @@ def pad_statistics(
         if feature.type == FeatureType.VISUAL:
             channels = feature.shape[0]
             missing = {name: np.full((channels, 1, 1), value) for name, value in neutral.items()}
-            result.setdefault(key, missing)
+            result[key] = missing | result.get(key, {})
             continue
         for name, value in result.get(key, {}).items():
             if name in neutral and value.shape[-1] < feature.shape[-1]:

@@ -7,7 +7,7 @@ at a time.
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from lerobot_jax.data import metadata
+from lerobot_jax.data import info, metadata
 from lerobot_jax.errors import InputError
 from lerobot_jax.progress import progress_bar
 
@@ -56,22 +56,37 @@ def bytes_per_frame(features: Mapping[str, Mapping[str, Any]]) -> int:
     )
 
 
-def read_table(meta: metadata.LeRobotDatasetMetadata, episodes: Sequence[int] | None) -> Table:
-    """Read the rows of some episodes (None: all).
+def read_table(
+    meta: metadata.LeRobotDatasetMetadata,
+    episodes: Sequence[int] | None,
+    keys: Collection[str] | None = None,
+    *,
+    as_stored: bool = False,
+) -> Table:
+    """Read the rows of some episodes (None: all): some features (None: all) besides those of every dataset.
+
+    Args:
+        meta: the dataset.
+        episodes: which of them.
+        keys: the features.
+        as_stored: keep the types that info.json declares, instead of those that LeRobot hands to torch.
 
     Raises:
         InputError: naming the file and column that is missing, damaged or not as `meta/` says.
     """
     chosen = range(meta.total_episodes) if episodes is None else episodes
+    features = _numeric(meta.features)
+    if keys is not None:
+        features = {key: f for key, f in features.items() if key in keys or key in info.DEFAULT_FEATURES}
     expected: dict[Path, list[int]] = {}
     for episode in chosen:
         expected.setdefault(meta.root / meta.data_file(episode), []).append(episode)
     files = sorted(expected)
     total = int(np.sum(meta.episodes["length"][np.asarray(chosen)]))
-    columns = {
-        key: np.empty((total, *_row_shape(feature)), _dtype(feature))
-        for key, feature in _numeric(meta.features).items()
+    types = {
+        key: _stored_dtype(feature) if as_stored else _dtype(feature) for key, feature in features.items()
     }
+    columns = {key: np.empty((total, *_row_shape(features[key])), types[key]) for key in features}
     file_of_row, place_of_row = np.empty(total, np.int32), np.empty(total, np.int64)
     end = 0
     with (
@@ -80,11 +95,11 @@ def read_table(meta: metadata.LeRobotDatasetMetadata, episodes: Sequence[int] | 
     ):
         for first in range(0, len(files), FILES_AT_ONCE):
             some = files[first : first + FILES_AT_ONCE]
-            parts = pool.map(lambda path: _read_file(path, meta, expected[path]), some)
+            parts = pool.map(lambda path: _read_file(path, meta, features, expected[path]), some)
             for i, (part, places) in enumerate(parts, first):
                 start, end = end, end + len(places)
                 for key, values in part.items():
-                    columns[key][start:end] = values
+                    columns[key][start:end] = values  # in the wanted type
                 file_of_row[start:end], place_of_row[start:end] = i, places
                 bar.update()
     pa.default_memory_pool().release_unused()
@@ -97,8 +112,13 @@ def _numeric(features: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str
     return {key: feature for key, feature in features.items() if feature["dtype"] not in ("image", "video")}
 
 
-def _dtype(feature: Mapping[str, Any]) -> Any:
-    return object if feature["dtype"] == "string" else KINDS[np.dtype(feature["dtype"]).kind]
+def _stored_dtype(feature: Mapping[str, Any]) -> np.dtype:
+    return np.dtype(object if feature["dtype"] == "string" else feature["dtype"])
+
+
+def _dtype(feature: Mapping[str, Any]) -> np.dtype:
+    stored = _stored_dtype(feature)
+    return np.dtype(KINDS.get(stored.kind, object))
 
 
 def _row_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
@@ -106,14 +126,18 @@ def _row_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _read_file(
-    path: Path, meta: metadata.LeRobotDatasetMetadata, episodes: Sequence[int]
+    path: Path,
+    meta: metadata.LeRobotDatasetMetadata,
+    features: Mapping[str, Mapping[str, Any]],
+    episodes: Sequence[int],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Read the rows of some episodes from one file: the columns, and each row's place in the file."""
     names = metadata.read_parquet_names(path)
     missing = [k for k, feature in meta.features.items() if feature["dtype"] != "video" and k not in names]
     if missing:
         raise InputError(f"{path}: lacks the columns {missing} that info.json declares")
-    features = _numeric(meta.features)
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: has two columns of the same name")
     groups, places = _row_groups(path, episodes)
     table = metadata.read_parquet(path, list(features), groups)
     episode = _to_numpy(path, "episode_index", features["episode_index"], table["episode_index"])
@@ -136,13 +160,18 @@ def _row_groups(path: Path, episodes: Sequence[int]) -> tuple[list[int], Int[np.
     """List the row groups that may hold some episodes, and the places of their rows in the file."""
     footer = metadata.read_parquet_metadata(path)
     names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    column = names.index("episode_index") if "episode_index" in names else None
     wanted = np.asarray(episodes)
     groups, places, end = [], [np.empty(0, np.int64)], 0
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         start, end = end, end + group.num_rows
-        known = group.column(names.index("episode_index")).statistics
-        if known is None or not known.has_min_max or ((wanted >= known.min) & (wanted <= known.max)).any():
+        known = None if column is None else group.column(column).statistics
+        if known is not None and known.has_min_max and isinstance(known.min, int):
+            may_hold = ((wanted >= known.min) & (wanted <= known.max)).any()
+        else:
+            may_hold = True
+        if may_hold:
             groups.append(number)
             places.append(np.arange(start, end))
     return groups, np.concatenate(places)
@@ -163,6 +192,13 @@ def _check_indices(meta: metadata.LeRobotDatasetMetadata, table: Table) -> None:
     seen[index] = True
     if int(seen.sum()) != len(index):
         raise InputError(f"{where}: some frames appear twice")
+    unknown = (columns["task_index"] < 0) | (columns["task_index"] >= len(meta.tasks))
+    if unknown.any():
+        row = int(np.flatnonzero(unknown)[0])
+        raise InputError(
+            f"{where}: frame {index[row]} has task_index {columns['task_index'][row]}; meta/ has the tasks 0 to "
+            f"{len(meta.tasks) - 1}"
+        )
     wrong = columns["frame_index"] != index - start
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
@@ -194,23 +230,35 @@ def _to_numpy(path: Path, key: str, feature: Mapping[str, Any], column: pa.Chunk
     if feature["dtype"] == "string":
         return np.array(column.to_pylist(), dtype=object)
     shape = _row_shape(feature)
-    values = column.combine_chunks()
-    depth = 0
-    while (
-        pa.types.is_list(values.type)
-        or pa.types.is_fixed_size_list(values.type)
-        or pa.types.is_large_list(values.type)
-    ):
-        values = values.flatten()
-        depth += 1
-    flat = values.to_numpy(zero_copy_only=False)
-    fits = flat.size == len(column) * math.prod(shape) and (depth > 0) == (len(shape) > 0)
-    if not fits or KINDS.get(flat.dtype.kind) != _dtype(feature):
+    flat = _flat_numbers(column.combine_chunks(), shape)
+    if flat is None or KINDS.get(flat.dtype.kind) != _dtype(feature):
         raise InputError(
             f"{path}: '{key}' does not hold {feature['shape']} {feature['dtype']} values a row, as info.json says"
         )
-    array = flat.astype(np.dtype(feature["dtype"])).astype(_dtype(feature)).reshape(len(column), *shape)
-    if array.dtype == np.float32 and not np.isfinite(array).all():
-        row = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise InputError(f"{path}: '{key}' is NaN or infinite in row {row}")
+    declared = flat.astype(np.dtype(feature["dtype"]))
+    if declared.dtype.kind in "iu" and not np.array_equal(declared, flat):
+        raise InputError(f"{path}: '{key}' has values that are no {feature['dtype']}, as info.json says")
+    array = declared.reshape(len(column), *shape)
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            is_finite = np.isfinite(array.astype(np.float32, copy=False))
+        if not is_finite.all():
+            raise InputError(f"{path}: '{key}' is NaN or infinite in row {np.argwhere(~is_finite)[0][0]}")
     return array
+
+
+def _flat_numbers(values: pa.Array, shape: Sequence[int]) -> np.ndarray | None:
+    """Give the numbers of all rows one after another; None if a row does not have this shape."""
+    for size in shape:
+        if pa.types.is_fixed_size_list(values.type):
+            sizes = np.array([values.type.list_size])
+        elif pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            sizes = np.diff(values.offsets.to_numpy())
+        else:
+            return None
+        if values.null_count or (sizes != size).any():
+            return None
+        values = values.flatten()
+    if values.null_count or pa.types.is_nested(values.type):
+        return None
+    return values.to_numpy(zero_copy_only=False)

@@ -209,7 +209,7 @@ def _rgb_image(key: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if image.shape != shape and (image.shape[2:] + image.shape[:2]) != shape:
         raise InputError(f"add_frame: '{key}' must have shape {shape}, it has {image.shape}")
     if image.dtype != np.uint8:
-        if image.min() < 0 or image.max() > 1:
+        if not (image.min() >= 0 and image.max() <= 1):  # nor NaN
             raise InputError(f"add_frame: '{key}' is {image.dtype}, so it must lie in 0..1 (or be uint8)")
         image = (image * 255).astype(np.uint8)
     return image

@@ -16,7 +16,7 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from lerobot_jax.config import load_config
-from lerobot_jax.errors import reported_on_one_line
+from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.training_data import open_sources
 from lerobot_jax.transforms import ImageTransformConfig, make_transform, random_transforms
@@ -24,7 +24,10 @@ from lerobot_jax.transforms import ImageTransformConfig, make_transform, random_
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(argv)
+    config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, streaming=False))
     dataset = open_sources(config)[0].dataset
+    if not dataset.cameras:
+        raise InputError(f"{dataset.repo_id}: no camera that the policy sees")
     camera, key = next(iter(dataset.cameras)), jax.random.key(config.seed)
     frames = dataset.read(np.array([len(dataset) // 2]), [camera])[camera]
     frame = jnp.asarray(frames.reshape(-1, *frames.shape[-3:])[-1])

@@ -81,7 +81,7 @@ def draw_subset(config: ImageTransformsConfig, key: PRNGKeyArray) -> Int[Array, 
 
 
 def check_sizes(
-    config: ImageTransformsConfig, given: Mapping[str, tuple[int, int]], wanted: Mapping[str, tuple[int, int]]
+    config: ImageTransformsConfig, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise `InputError` if the transforms do not give the height and width that the policy wants of a camera."""
     for camera, (height, width) in wanted.items():

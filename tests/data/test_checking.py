@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "wrong dtype": (
         lambda root: edit_info(root, lambda info: info["features"]["next.reward"].update(dtype="float64")),
-        [rf"{DATA}: 'next\.reward' is of type float, info\.json declares float64"],
+        [rf"{DATA}: 'next\.reward' is of type float, info\.json declares \(1,\) float64"],
     ),
     "wrong fps": (
         lambda root: edit_info(root, lambda info: info.update(fps=30)),

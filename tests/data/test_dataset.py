@@ -134,6 +134,15 @@ def test_string_integer_and_matrix_features(tmp_path: Path):
     assert (frame["observation.state"].dtype, frame["count"].dtype) == (np.float32, np.int64)
 
 
+def test_integers_that_do_not_fit_their_type_are_reported(tmp_path: Path):
+    features = {"count": {"dtype": "int32", "shape": (1,), "names": None}}
+    root = record(tmp_path / "small", features=features).root
+    edit_info(root, lambda info: info["features"]["count"].update(dtype="uint8"))
+    rewrite(root / DATA, set_column("count", lambda c: pa.array([300, *[1] * 16])))
+    with pytest.raises(InputError, match="'count' has values that are no uint8"):
+        LeRobotDataset("test/recorded", root)
+
+
 def test_several_files(tmp_path: Path):
     """Files are closed when they are full; the rows and frames of all of them are found."""
     dataset = record(tmp_path / "many", data_files_size_in_mb=0, video_files_size_in_mb=0, chunks_size=2)
@@ -204,6 +213,29 @@ FAULTS = {
             r / DATA, set_column("next.reward", lambda c: pa.array([None, *c.to_pylist()[1:]], pa.float32()))
         ),
         "'next.reward' has empty cells",
+    ),
+    "rows of unequal width": (
+        lambda r: rewrite(
+            r / DATA,
+            set_column(
+                "action", lambda c: pa.array([[1.0] * 3, [1.0], *c.to_pylist()[2:]], pa.list_(pa.float32()))
+            ),
+        ),
+        r"'action' does not hold \(2,\) float32 values a row",
+    ),
+    "lists for episodes": (
+        lambda r: rewrite(
+            r / DATA, set_column("episode_index", lambda c: pa.array([[x] for x in c.to_pylist()]))
+        ),
+        r"'episode_index' does not hold \(1,\) int64 values a row",
+    ),
+    "texts for episodes": (
+        lambda r: rewrite(r / DATA, set_column("episode_index", lambda c: c.cast(pa.string()))),
+        r"'episode_index' does not hold \(1,\) int64 values a row",
+    ),
+    "a task that is not there": (
+        lambda r: rewrite(r / DATA, set_column("task_index", lambda c: pa.array([-1, *c.to_pylist()[1:]]))),
+        "frame 0 has task_index -1; meta/ has the tasks 0 to ",
     ),
     "rows missing": (
         lambda r: rewrite(r / DATA, lambda t: t.slice(0, 15)),

@@ -90,6 +90,12 @@ def test_samples_are_those_of_their_datasets(mixed: MixedSamples, datasets: list
         assert (batch[f"{TOP}_is_pad"][i], batch[f"{SIDE}_is_pad"][i]) == (False, side is None)
 
 
+def test_numbers_are_of_one_type_whatever_the_datasets_have():
+    to_policy = FeatureMap({"action": POLICY["action"]}, {}, {})
+    for dtype in (np.int64, np.float32):
+        assert to_policy({"action": np.ones((3, 2), dtype)})["action"].dtype == np.float32
+
+
 def test_every_epoch_of_each_dataset_has_all_its_frames(mixed: MixedSamples, datasets: list[LeRobotDataset]):
     batch = mixed.read(np.arange(400))
     for i, dataset in enumerate(datasets):

@@ -88,10 +88,10 @@ def test_unusable_columns_are_named(tmp_path: Path):
     pq.write_table(
         table.set_column(table.column_names.index("next.reward"), "next.reward", pa.array(reward)), path
     )
-    with pytest.raises(InputError, match=r"file-000.parquet: 'next.reward' holds NaN"):
+    with pytest.raises(InputError, match=r"file-000.parquet: 'next.reward' is NaN or infinite in row 2"):
         statistics_reading.read_column(meta, "next.reward")
     pq.write_table(table.drop_columns(["action"]), path)
-    with pytest.raises(InputError, match="lacks the column 'action'"):
+    with pytest.raises(InputError, match=r"lacks the columns \['action'\]"):
         statistics_reading.read_column(meta, "action")
 
 

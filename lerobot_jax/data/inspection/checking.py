@@ -108,7 +108,8 @@ class Inspection:
                 name: column[order] if isinstance(column, np.ndarray) else [column[i] for i in order]
                 for name, column in episodes.items()
             }
-        twice = spans(np.flatnonzero(np.bincount(index.clip(min=0)) > 1).tolist())
+        numbers, counts = np.unique(index, return_counts=True)
+        twice = spans(numbers[counts > 1].tolist())
         what = f"row {row} has episode_index {index[row]}, not {row}" + (
             f"; twice there: {twice}" * bool(twice)
         )

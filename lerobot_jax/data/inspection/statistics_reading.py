@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 
-from lerobot_jax.data import metadata, video
+from lerobot_jax.data import metadata, tables, video
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.statistics import (
     combine_statistics,
@@ -29,26 +28,7 @@ def read_column(meta: LeRobotDatasetMetadata, key: str) -> np.ndarray:
     Raises:
         InputError: naming a file that is missing or damaged, or holds empty cells, NaN or infinity.
     """
-    shape = tuple(meta.features[key]["shape"])
-    parts = [_read_values(path, key, () if shape == (1,) else shape) for path in _files(meta, meta.data_file)]
-    return np.concatenate(parts)
-
-
-def _read_values(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    if key not in metadata.read_parquet_names(path):
-        raise InputError(f"{path}: lacks the column '{key}' that info.json declares")
-    table = metadata.read_parquet(path, [key])
-    values = table[key].combine_chunks()
-    while pa.types.is_nested(values.type):
-        values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False)
-    if values.null_count or flat.size != len(table) * int(np.prod(shape)):
-        raise InputError(f"{path}: '{key}' does not hold values of shape {shape} in every row")
-    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-        raise InputError(
-            f"{path}: '{key}' holds NaN or infinity; python -m lerobot_jax.dataset check tells where"
-        )
-    return flat.reshape(len(table), *shape)
+    return tables.read_table(meta, None, [key], as_stored=True).columns[key]
 
 
 def _files(meta: LeRobotDatasetMetadata, name_of_episode: Callable[[int], str]) -> dict[Path, list[int]]:

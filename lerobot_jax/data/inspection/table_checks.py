@@ -14,6 +14,7 @@ from lerobot_jax.data.inspection.problems import RESTORE, Problems, spans
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 
 INDEX_COLUMNS = tuple(DEFAULT_FEATURES)
+MAX_EPISODE = 10**7  # frames
 
 
 class Summary:
@@ -105,10 +106,10 @@ class TableInspection:
                 self.problems.report(name, what, "restore the file, or take the feature out of info.json")
                 continue
             kind = schema.field(key).type
-            if _fits(kind, feature["dtype"]):
+            if _fits(kind, feature):
                 good.append(key)
             else:
-                what = f"'{key}' is of type {kind}, info.json declares {feature['dtype']}"
+                what = f"'{key}' is of type {kind}, info.json declares {feature['shape']} {feature['dtype']}"
                 self.problems.report(
                     name, what, "correct dtype in info.json, or write the column in that type"
                 )
@@ -207,6 +208,8 @@ class TableInspection:
                 if what is not None:
                     findings[episode] = what
             self.problems.report_episodes(name, findings, repair)
+        if wrong:
+            return
         start, index = self.meta.episodes["dataset_from_index"], columns["index"]
         expected = np.concatenate([start[e] + np.arange(lengths[e]) for e in episodes])
         back = np.flatnonzero(np.diff(index) < 0)
@@ -222,7 +225,8 @@ class TableInspection:
     ) -> str:
         length = int(self.meta.episodes["length"][episode])
         frames = columns["frame_index"][rows_of.get(episode, np.empty(0, np.int64))]
-        lacking = spans(np.setdiff1d(np.arange(length), frames).tolist())
+        known = np.arange(min(length, MAX_EPISODE))  # a damaged length can be anything
+        lacking = spans(np.setdiff1d(known, frames).tolist())
         what = f"has {len(frames)} rows, length in {self._episodes} is {length}"
         return what + f"; the frames {lacking} are missing" * bool(lacking)
 
@@ -266,15 +270,16 @@ class TableInspection:
         return f"has the tasks {sorted(held)}, {self._episodes} says {sorted(said)}"
 
 
-def _fits(kind: pa.DataType, dtype: str) -> bool:
+def _fits(kind: pa.DataType, feature: Mapping[str, Any]) -> bool:
     """Tell whether a column's type is that of a feature."""
+    dtype, axes = feature["dtype"], 0 if feature["shape"] == (1,) else len(feature["shape"])
     if dtype == "image":
         return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if dtype == "string":
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
     while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    return kind == pa.from_numpy_dtype(np.dtype(dtype))
+        kind, axes = kind.value_type, axes - 1
+    return kind == pa.from_numpy_dtype(np.dtype(dtype)) and axes == 0
 
 
 def _first_line(error: Exception) -> str:
