@@ -8,7 +8,9 @@ aiohttp; everything else is read through fsspec, the Hub with huggingface_hub's 
 """
 
 import dataclasses
+import datetime
 import email.message
+import email.utils
 import http.client
 import random
 import re
@@ -16,16 +18,17 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
 import huggingface_hub.errors
+from absl import logging
 
 from lerobot_jax import hub
-from lerobot_jax.errors import InputError
+from lerobot_jax.errors import InputError, writing
 
 RANGE_BYTES = 8_000_000  # what is asked for at once where answers are not read piece by piece
 PIECE_BYTES = 1 << 20
@@ -33,7 +36,11 @@ PASSING_STATES = (408, 425, 429)  # and 5xx
 
 
 class Interruption(Exception):
-    """A failure that may pass."""
+    """A failure that may pass; `wait` is how many seconds the server asks for before the next attempt."""
+
+    def __init__(self, problem: str, wait: float = 0.0):
+        super().__init__(problem)
+        self.wait = wait
 
 
 class Closed(Exception):
@@ -52,7 +59,7 @@ class Patience:
         timeout: seconds without a byte before a connection counts as dropped (the Hub's: $HF_HUB_DOWNLOAD_TIMEOUT).
         attempts: in a row without a new byte; after that it is an error.
         first_wait: seconds before the second attempt; doubled before each further one.
-        longest_wait: in seconds.
+        longest_wait: in seconds, also where the server asks for more (Retry-After).
     """
 
     timeout: float = 30.0
@@ -107,7 +114,7 @@ class WebFolder:
                 yield Answer(version, start, iter(lambda: response.read1(PIECE_BYTES), b""))
         except urllib.error.HTTPError as error:
             with error:
-                raise _refusal(self.address(name), error.code, error.reason) from None
+                raise _refusal(self.address(name), error.code, error.reason, error.headers) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise Interruption(str(reason) or type(reason).__name__) from None
@@ -152,7 +159,9 @@ class FsspecFolder:
         except huggingface_hub.errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status in PASSING_STATES or status >= 500:
-                raise Interruption(f"the Hub answered {status}") from None
+                raise Interruption(
+                    f"the Hub answered {status}", _retry_after(error.response.headers)
+                ) from None
             raise InputError(f"{where}: {'; '.join(filter(None, hub.explain(error)))}") from None
         except (PermissionError, ImportError) as error:
             raise InputError(f"{where}: {error}") from None
@@ -190,10 +199,15 @@ class Attempts:
                 f"{self._where}: {problem}; gave up after {self._failures} attempts in a row without a new byte "
                 f"({self._furthest} bytes came before)"
             )
-        wait = min(self._patience.longest_wait, self._patience.first_wait * 2 ** (self._failures - 1))
-        if self._stopped.wait(
-            wait * random.uniform(0.5, 1.0)
-        ):  # so that many readers do not come back at once
+        wait = self._patience.first_wait * 2 ** (self._failures - 1)
+        # By chance, so that many readers do not come back at once.
+        wait = max(problem.wait, min(wait, self._patience.longest_wait) * random.uniform(0.5, 1.0))
+        wait = min(wait, self._patience.longest_wait)
+        logging.warning(
+            "%s: %s; attempt %d of %d in %.1f s",
+            *(self._where, problem, self._failures + 1, self._patience.attempts, wait),
+        )
+        if self._stopped.wait(wait):
             raise Closed
 
 
@@ -227,11 +241,28 @@ def download(
 
     Raises:
         InputError: naming the URL, what happened and how often it was tried.
+        UnwritableError: naming the target.
     """
+    partial = target.with_name(f"{target.name}.partial")
+    with writing(target):  # what the server's side raises is no `OSError` any more
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _download(folder, name, partial, version, patience, stopped)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _download(
+    folder: RemoteFolder,
+    name: str,
+    partial: Path,
+    version: Version,
+    patience: Patience,
+    stopped: threading.Event,
+) -> None:
     where = folder.address(name)
     attempts = Attempts(where, patience, stopped)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
     with partial.open("wb", buffering=0) as file:
         while file.tell() < version.size:
             try:
@@ -251,14 +282,13 @@ def download(
                 attempts.wait_after(problem, file.tell())
         if file.tell() > version.size:
             raise InputError(f"{where}: more than the announced {version.size} bytes came")
-    partial.replace(target)
 
 
 def _write(file: BinaryIO, piece: bytes) -> None:
-    try:
-        file.write(piece)
-    except OSError as error:  # not the server's
-        raise InputError(f"{file.name}: cannot be written ({error})") from None
+    left = memoryview(piece)
+    with writing(Path(file.name)):  # here, since the reader of an answer takes an `OSError` for the server's
+        while left:  # a disk that is nearly full takes a part
+            left = left[file.write(left) :]
 
 
 def _described(where: str, status: int, headers: email.message.Message) -> tuple[Version, int]:
@@ -275,13 +305,27 @@ def _described(where: str, status: int, headers: email.message.Message) -> tuple
     return Version(int(size), tag), 0
 
 
-def _refusal(where: str, status: int, reason: str) -> Exception:
+def _refusal(
+    where: str, status: int, reason: str, headers: Mapping[str, str] | email.message.Message
+) -> Exception:
     said = f"the server answered {status} {reason}"
     if status in PASSING_STATES or status >= 500:
-        return Interruption(said)
+        return Interruption(said, _retry_after(headers))
     if status == 416:
         return InputError(f"{where}: it is empty, or became shorter while it was read")
     return (AbsentError if status in (404, 410) else InputError)(f"{where}: {said}")
+
+
+def _retry_after(headers: Mapping[str, str] | email.message.Message) -> float:
+    """Read how many seconds a server asks to wait: it says so in seconds or with a date; 0 if it does not."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (TypeError, ValueError):  # neither; or a date without a zone
+        return 0.0
 
 
 def _check_same(where: str, version: Version, found: Version) -> None:

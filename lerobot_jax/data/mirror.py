@@ -19,7 +19,7 @@ from pathlib import Path
 import filelock
 
 from lerobot_jax.data.download import Closed, Patience, RemoteFolder, Version, download, look
-from lerobot_jax.errors import InputError
+from lerobot_jax.errors import InputError, writing
 
 TRANSFERS_AT_ONCE = 8
 JOIN_SECONDS = 1.0  # a thread that waits for a server longer is left to itself
@@ -53,17 +53,19 @@ class Mirror:
         patience: how long to try.
         """
         self._remote, self._max_bytes, self._patience = remote, max_bytes, patience
-        self.root, self._lock = _make_locked_folder(parent)
+        with writing(parent):
+            self.root, self._lock = _make_locked_folder(parent)
         self._stopped = threading.Event()
         self._changed = threading.Condition()
         self._versions: dict[str, Version] = {}
         self._present: dict[str, int] = {}  # name -> bytes, in the order of their last use
         self._coming: dict[str, int] = {}  # name -> bytes that it will have, 0 while only asked about
         self._failed: dict[str, Exception] = {}
+        self._broken: BaseException | None = None  # what ended a thread before its time
         self._held: Counter[str] = Counter()
         self._expected: dict[str, int] = {}  # name -> its place in the order of need
         self._threads = [
-            threading.Thread(target=self._work, name="mirror", daemon=True) for _ in range(TRANSFERS_AT_ONCE)
+            threading.Thread(target=self._run, name="mirror", daemon=True) for _ in range(TRANSFERS_AT_ONCE)
         ]
         for thread in self._threads:
             thread.start()
@@ -83,7 +85,9 @@ class Mirror:
                     self._failed.pop(name, None)  # it may have been fetched ahead while the network was away
                 self._held[name] += 1
                 if name in self._present:
-                    self._present[name] = self._present.pop(name)
+                    size = self._present.pop(name)
+                    if (self.root / name).is_file():  # else somebody removed it, and it comes again
+                        self._present[name] = size
             self._changed.notify_all()
 
     def wait_for(self, names: Sequence[str]) -> None:
@@ -92,6 +96,8 @@ class Mirror:
             while any(name not in self._present for name in names):
                 if self._stopped.is_set():
                     raise Closed
+                if self._broken is not None:
+                    raise self._broken
                 for name in names:
                     if name in self._failed:
                         raise self._failed[name]
@@ -122,6 +128,14 @@ class Mirror:
         shutil.rmtree(self.root, ignore_errors=True)
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # whoever waits gets it, instead of waiting for ever
+            with self._changed:
+                self._broken = error
+                self._changed.notify_all()
 
     def _work(self) -> None:
         while (name := self._next()) is not None:
@@ -185,7 +199,7 @@ class Mirror:
             if excess <= 0:
                 break
             excess -= self._present.pop(other)
-            (self.root / other).unlink()
+            (self.root / other).unlink(missing_ok=True)
         return True
 
     def _too_much(self, name: str) -> InputError:

@@ -9,9 +9,10 @@ Files are fetched whole: a v3.0 file is needed by many windows and is kept while
 crosses the border of two others (a second camera's, which is cut elsewhere) may be fetched twice in an epoch.
 
 What it takes. On disk: `max_bytes` and `meta/`; the files of two windows must fit, each of which is spread over
-`max_num_shards` files of each kind. In memory: the numbers of two windows (`tables.bytes_per_frame`), those of the
-parquet files of one as they are read, the episodes of `meta/`, 64 MB for transfers through fsspec, and the batches.
-`buffer_size` should be more than the loader reads ahead, or windows are opened again and again.
+`max_num_shards` files of each kind; while held-out episodes are read, one of the two is theirs. In memory: the
+numbers of two windows (`tables.bytes_per_frame`), those of the parquet files of one as they are read, the episodes
+of `meta/`, 64 MB for transfers through fsspec, and the batches. `buffer_size` should be more than the loader reads
+ahead, or windows are opened again and again.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from lerobot_jax.data.mirror import DatasetFiles, FilesInPlace, Mirror
 from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.stream_order import StreamOrder
 from lerobot_jax.data.video_decoder import close_decoders
-from lerobot_jax.errors import InputError
+from lerobot_jax.errors import InputError, UnwritableError
 
 MAX_BYTES = 50_000_000_000
 WINDOWS_OPEN = 2
@@ -55,10 +56,8 @@ class Stream:
     @contextlib.contextmanager
     def errors_name_the_source(self) -> Iterator[None]:
         """Let an `InputError` name the file where it comes from, and not the copy here."""
-        try:
+        with _source_named(self.files.root, self.address):
             yield
-        except InputError as error:
-            raise InputError(str(error).replace(str(self.files.root), self.address)) from None
 
     def files_of(self, episodes: Sequence[int]) -> list[str]:
         return self.meta.episode_files(list(episodes))
@@ -101,15 +100,24 @@ def open_stream(
         )
     mirror = Mirror(remote, hub.cache_home() / "streams", max_bytes, patience)
     try:
-        try:
+        with _source_named(mirror.root, address):
             _fetch_meta(mirror)
             meta = metadata.LeRobotDatasetMetadata.load(repo_id, mirror.root, commit)
-        except InputError as error:
-            raise InputError(str(error).replace(str(mirror.root), address)) from None
     except BaseException:
         mirror.close()
         raise
     return Stream(address, meta, mirror)
+
+
+@contextlib.contextmanager
+def _source_named(copy: Path, address: str) -> Iterator[None]:
+    """Let an `InputError` name the source, unless it is the copy that cannot be written."""
+    try:
+        yield
+    except UnwritableError:
+        raise
+    except InputError as error:
+        raise InputError(str(error).replace(str(copy), address)) from None
 
 
 def _pinned(repo_id: str, url: str | None, revision: str | None) -> tuple[str, str]:
@@ -225,6 +233,7 @@ class StreamedSamples:
         self.order = StreamOrder(stream.meta, episodes, seed, buffer_size, max_num_shards, drop_n_last_frames)
         self._changed = threading.Condition()
         self._windows: dict[int, _Window] = {}  # in the order of their last use
+        self._num_validating = 0  # windows of held-out episodes that are open
         self._wanted = -1  # the window to open ahead
         self._is_closed = False
         self._thread = threading.Thread(target=self._open_ahead, name="stream", daemon=True)
@@ -272,6 +281,10 @@ class StreamedSamples:
         missing = batch_size
         for some, frames in _in_order(self.stream.meta, episodes, max_samples, self._buffer_size):
             window = _Window(self.stream, some)
+            with self._changed:
+                while len(self._windows) + self._num_validating >= WINDOWS_OPEN:
+                    self._close_one(None)
+                self._num_validating += 1
             self.stream.files.hold(window.files)
             try:
                 with self.stream.errors_name_the_source():
@@ -286,6 +299,9 @@ class StreamedSamples:
             finally:
                 window.close()
                 self.stream.files.release(window.files)
+                with self._changed:
+                    self._num_validating -= 1
+                    self._changed.notify_all()
         if parts:
             yield _joined(parts)
 
@@ -293,7 +309,7 @@ class StreamedSamples:
     def _reading(self, number: int, keep: int | None = None) -> Iterator[_Window]:
         """Open a window if it is not open yet, and keep it open meanwhile; not at the cost of the window `keep`."""
         with self._changed:
-            while number not in self._windows and len(self._windows) >= WINDOWS_OPEN:
+            while number not in self._windows and len(self._windows) + self._num_validating >= WINDOWS_OPEN:
                 self._close_one(keep)
             if self._is_closed:
                 raise Closed

@@ -22,7 +22,7 @@ class FailingServer:
 
     Attributes:
         drop_every: the connection is cut in the middle of every so many answers (0: of none).
-        unavailable: so many answers are 503.
+        unavailable: so many answers are 503, with `retry_after`.
         short: so many answers end before they have as many bytes as announced.
         hanging: so many answers stop in the middle for `hang_seconds`.
         ignores_ranges: every answer is the whole file.
@@ -36,6 +36,7 @@ class FailingServer:
         self.drop_every = self.unavailable = self.short = self.hanging = 0
         self.hang_seconds, self.delay = 1.0, 0.0
         self.ignores_ranges = False
+        self.retry_after = ""
         self.requests: list[str] = []
         self.num_bytes = self.num_answers = 0
         self.lock = threading.Lock()
@@ -78,7 +79,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             server.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
         time.sleep(server.delay)
         if server.take("unavailable"):
-            self._send(b"busy", 503)
+            self._send(b"busy", 503, {"Retry-After": server.retry_after} if server.retry_after else None)
         elif found := re.fullmatch(rf"/files/(.+)|/datasets/test/recorded/resolve/{COMMIT}/(.+)", path):
             self._send_file(found[1] or found[2])
         else:

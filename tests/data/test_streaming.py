@@ -1,4 +1,6 @@
 import dataclasses
+import datetime
+import errno
 import itertools
 import json
 import os
@@ -12,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +221,72 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server: FailingServer, tmp_p
     assert len(server.requests) == 9  # though there were more failures than attempts
 
 
+def test_a_short_write_is_completed(server: FailingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that is nearly full takes only a part of what it is given."""
+    content = np.random.default_rng(0).bytes(100_000)
+    (server.root / "large").write_bytes(content)
+    open_file = Path.open
+
+    class Slow:
+        def __init__(self, file: Any):
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, piece: Any) -> int:
+            return self._file.write(piece[:7000])
+
+    @contextmanager
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with open_file(path, *args, **kwargs) as file:
+            yield Slow(file)
+
+    folder = download.WebFolder(server.url, 0.4)
+    version = folder.look("large")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        download.download(folder, "large", tmp_path / "large", version, IMPATIENT, threading.Event())
+    assert (tmp_path / "large").read_bytes() == content
+
+
+def test_a_disk_that_cannot_be_written_is_named_and_nothing_is_left(
+    server: FailingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(InputError, match=r"^/.*/meta/info.json: cannot be written \(No space left on"):
+            open_stream("test/recorded", server.url, patience=IMPATIENT)
+    assert mirrors() == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LEROBOT_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"file/streams: cannot be written \(Not a directory\)"):
+        open_stream("test/recorded", server.url, patience=IMPATIENT)
+
+
+def test_waits_are_told_and_as_long_as_the_server_asks(
+    caplog: pytest.LogCaptureFixture, server: FailingServer, tmp_path: Path
+):
+    patience = dataclasses.replace(IMPATIENT, longest_wait=0.3)
+    server.unavailable, server.retry_after = 1, "100"
+    started = time.monotonic()
+    with caplog.at_level("WARNING"):
+        download.look(download.WebFolder(server.url, 0.4), "meta/info.json", patience, threading.Event())
+    assert time.monotonic() - started >= 0.3  # up to the patience
+    assert "meta/info.json: the server answered 503" in caplog.text
+    assert "attempt 2 of 4 in 0.3 s" in caplog.text
+
+
+def test_servers_ask_for_seconds_or_a_date():
+    in_an_hour = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    cases = {"7": 7, "Wed, 21 Oct 2015 07:28:00 GMT": 0, "soon": 0, "": 0, format_datetime(in_an_hour): 3600}
+    for text, seconds in cases.items():
+        assert download._retry_after({"Retry-After": text}) == pytest.approx(seconds, abs=60), text
+
+
 def test_no_file_is_mixed_from_two(server: FailingServer, tmp_path: Path):
     path = server.root / "large"
     path.write_bytes(b"a" * 100_000)
@@ -284,6 +353,27 @@ def test_a_passing_failure_of_a_file_fetched_ahead_is_forgotten(server: FailingS
         assert_right(samples.read(np.arange(39)), server.root)
 
 
+def test_files_that_somebody_removes_come_again(server: FailingServer):
+    with streamed(server.url, budget(server.root, 0.7), buffer_size=6, max_num_shards=1) as samples:
+        samples.read(np.arange(39))
+        files = samples.stream.files
+        assert isinstance(files, Mirror)
+        with files._changed:  # while no file comes or goes
+            for name in set(files._present) - set(files._held):
+                (files.root / name).unlink()
+        assert_right(samples.read(np.arange(39, 78)), server.root)
+
+
+def test_who_waits_is_told_when_a_thread_fails(server: FailingServer, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with streamed(server.url) as samples:
+        monkeypatch.setattr(Mirror, "_choose", fail)
+        with pytest.raises(RuntimeError, match="a mistake of ours"):
+            samples.read(np.arange(39))
+
+
 # Bounds
 
 
@@ -337,6 +427,18 @@ def test_a_budget_that_cannot_hold_a_window_is_an_error(server: FailingServer):
         pytest.raises(InputError, match=r"are needed at once, and the stream may keep .* lower buffer_size"),
     ):
         samples.read(np.arange(4))
+
+
+def test_held_out_episodes_need_no_more_room_than_training(tmp_path: Path):
+    root = record(tmp_path / "dataset", (4,) * 7, **ONE_EPISODE_A_FILE).root
+    files = sorted(p.stat().st_size for name in ("data", "videos") for p in (root / name).rglob("*.*"))
+    max_bytes = sum(files[-2:]) + sum(files[-9:-7])  # of two episodes, that is two windows
+    server = FailingServer(root)
+    with closing(server), streamed(server.url, max_bytes, episodes=range(5), buffer_size=4) as samples:
+        for start in range(0, 40, 8):
+            samples.read(np.arange(start, start + 8))
+            found = list(samples.validation_batches([5, 6], 3))
+            assert np.concatenate([batch["index"] for batch in found]).tolist() == list(range(20, 28))
 
 
 def widen_actions(root: Path, width: int) -> None:
