@@ -284,7 +284,7 @@ class TrainConfig:
     rename_map: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     """Observation key in the dataset -> in the pretrained policy, when they differ."""
     log_freq: int = 200
-    """Log the mean of the metrics every so many steps."""
+    """Log the mean of the metrics every so many steps (0: only at the end)."""
     eval_steps: int = 0
     """Compute the loss on held-out episodes every so many steps (0: never); needs dataset.eval_split."""
     max_eval_samples: int = 0

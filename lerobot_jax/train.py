@@ -157,7 +157,9 @@ def main(argv: Sequence[str]) -> None:
             weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
             is_best = False
 
-            if step % max(1, config.log_freq) == 0 or is_last:
+            if not config.log_freq:
+                del pending[:-2]
+            if (config.log_freq and step % config.log_freq == 0) or is_last:
                 means = mean_metrics(jax.device_get(pending))
                 seconds = time.monotonic() - since
                 means["lr"] = float(metrics["lr"])
