@@ -5,7 +5,8 @@
     locks/NAME             locked (flock) by the process that builds the entry; holds its process id
     users/ID               locked by a process as long as it uses the entries that are listed in it
     digests.jsonl          which file had which SHA-256
-    lock                   held for moments, while entries are counted, claimed or removed
+    removed/               what is just being removed
+    lock                   held for moments, while entries are counted, claimed, finished or removed
 
 A name begins with the digest of the source's content, so a copied or moved source finds its entries again and
 a changed one never does. Locks end with their process, however it ends.
@@ -13,6 +14,7 @@ a changed one never does. Locks end with their process, however it ends.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +27,10 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from absl import logging
+from jaxtyping import UInt8
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json
@@ -33,6 +38,7 @@ from lerobot_jax.progress import progress_bar
 
 DESCRIPTION = "entry.json"
 PARTIAL = ".partial"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,7 @@ class CacheEntry:
         num_bytes: what it takes on disk.
         last_use: seconds since 1970.
         is_whole: whether it can be used; otherwise the next run completes it.
-        in_use: whether a process uses or builds it.
+        in_use: whether a process uses it, builds it or is about to.
     """
 
     name: str
@@ -59,7 +65,7 @@ class CacheEntry:
 def create_cache(cache: Path) -> None:
     """Create the folder; raise `InputError` when it cannot be written, or its file system has no locks."""
     try:
-        for name in ("entries", "locks", "users"):
+        for name in ("entries", "locks", "users", "removed"):
             (cache / name).mkdir(parents=True, exist_ok=True)
         with folder_lock(cache):
             pass
@@ -83,6 +89,12 @@ def partial_path(cache: Path, name: str) -> Path:
     return cache / "entries" / f"{name}{PARTIAL}"
 
 
+def mapped(path: Path) -> UInt8[np.ndarray, " n"]:
+    """Map a file into memory. Unlike those of `np.memmap`, maps keep no file open: there may be thousands."""
+    with pa.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), np.uint8)
+
+
 def try_lock(path: Path) -> int | None:
     """Take a lock unless another process or thread has it; closing the returned file ends it."""
     try:
@@ -97,8 +109,9 @@ def wait_for_lock(path: Path, what: str) -> int:
     if file is None:
         logging.info("waiting for process %s, which %s", _lock_holder(path), what)
         file = _lock(path, fcntl.LOCK_EX)
-    os.ftruncate(file, 0)
-    os.write(file, str(os.getpid()).encode())
+    with contextlib.suppress(OSError):  # on a full disk, who waits is not told for whom
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
     return file
 
 
@@ -114,7 +127,7 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def folder_lock(cache: Path) -> Iterator[None]:
-    """Keep all others from counting, claiming or removing entries."""
+    """Keep all others from counting, claiming, finishing or removing entries."""
     file = _lock(cache / "lock", fcntl.LOCK_EX)
     try:
         yield
@@ -126,10 +139,14 @@ class Lease:
     """Keeps entries from being removed, as long as it lives and its process runs."""
 
     def __init__(self, cache: Path, names: Collection[str]):
-        """Call it under `folder_lock`."""
+        """Call it under `folder_lock`; raise `InputError` when the disk is full."""
         path = cache / "users" / f"{os.getpid()}-{uuid.uuid4().hex}"
-        path.write_text(json.dumps(sorted(names)))
-        file = _lock(path, fcntl.LOCK_EX)
+        try:
+            path.write_text(json.dumps(sorted(names)))
+            file = _lock(path, fcntl.LOCK_EX)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise cannot_write(cache, error) from None
         self.end = weakref.finalize(self, _end_lease, file, path)
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -148,22 +165,25 @@ def identity(path: Path) -> Identity:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+def check_unchanged(path: Path, known: Identity, done: str) -> None:
+    """Raise `InputError` when a file is not the one that it was before something was done with it."""
+    if identity(path) != known:
+        raise InputError(f"{path}: changed while it was {done}; start again")
+
+
 def digest_sources(identities: Sequence[Identity], cache: Path, threads: Executor) -> list[str]:
     """Give the SHA-256 of each file, from memory where the identity is that of last time."""
     known = _read_digests(cache)
     unknown = sorted({i for i in identities if i not in known})
-    with (
-        progress_bar(
-            "reading files (once)", sum(i[1] for i in unknown), "B", unit_scale=True, delay=1
-        ) as bar,
-        open(cache / "digests.jsonl", "a", encoding="utf-8") as file,
-    ):
+    with progress_bar(
+        "reading files (once)", sum(i[1] for i in unknown), "B", unit_scale=True, delay=1
+    ) as bar:
         for source, digest in zip(unknown, threads.map(_digest, [i[0] for i in unknown]), strict=True):
             known[source] = digest
             bar.update(source[1])
             # Within the clock's resolution a file can change without looking changed: such ones are read again.
             if time.time_ns() - max(source[2:]) > 2e9 and source == identity(Path(source[0])):
-                file.write(json.dumps([*source, digest]) + "\n")
+                _remember_digest(source, digest, cache)
     return [known[source] for source in identities]
 
 
@@ -179,7 +199,7 @@ def read_entries(cache: Path) -> list[CacheEntry]:
     """List what is in the cache; call it under `folder_lock`."""
     used = _names_in_use(cache)
     entries = []
-    for folder in sorted((cache / "entries").iterdir()):
+    for folder in sorted(path for path in (cache / "entries").iterdir() if path.is_dir()):
         name = folder.name.removesuffix(PARTIAL)
         is_whole = name == folder.name
         try:
@@ -187,7 +207,7 @@ def read_entries(cache: Path) -> list[CacheEntry]:
         except (InputError, KeyError, TypeError):
             source = ""
         num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        in_use = name in used if is_whole else is_locked(cache / "locks" / name)
+        in_use = name in used or (not is_whole and is_locked(cache / "locks" / name))
         entries.append(CacheEntry(name, source, num_bytes, folder.stat().st_mtime, is_whole, in_use))
     return entries
 
@@ -239,18 +259,25 @@ def make_room(cache: Path, needed: int, budget: float, keep: Collection[str]) ->
 def remove_entry(cache: Path, name: str) -> None:
     """Remove an entry at once, whole or partial; call it under `folder_lock`. Who reads it may go on."""
     rubbish = cache / "removed"
-    rubbish.mkdir(exist_ok=True)
+    rubbish.mkdir(exist_ok=True)  # it stays: on a full disk there may be no room for a new one
     for folder in (whole_path(cache, name), partial_path(cache, name)):
         with contextlib.suppress(FileNotFoundError):
             folder.rename(rubbish / uuid.uuid4().hex)
-    shutil.rmtree(rubbish, ignore_errors=True)
+    for folder in rubbish.iterdir():
+        shutil.rmtree(folder, ignore_errors=True)
     (cache / "locks" / name).unlink(missing_ok=True)
 
 
-def disk_is_full(cache: Path, needed: int, error: OSError | None = None) -> InputError:
+def cannot_write(cache: Path, error: OSError, needed: int = 0) -> InputError:
+    """Say why something could not be written; `needed` bytes were to be."""
+    if error.errno in DISK_IS_FULL:
+        return disk_is_full(cache, needed, f" ({error.strerror})")
+    return InputError(f"{cache}: decoded frames cannot be kept ({error})")
+
+
+def disk_is_full(cache: Path, needed: int, detail: str = "") -> InputError:
     """Say how much is missing, and what can be done."""
     free = shutil.disk_usage(cache).free
-    detail = f" ({error.strerror})" if error else ""
     return InputError(
         f"{cache}: no room to keep decoded frames{detail}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB "
         "are free; make room, lower dataset.frame_cache_gb, or let LEROBOT_JAX_CACHE name a folder on another disk"
@@ -295,7 +322,7 @@ def _names_in_use(cache: Path) -> set[str]:
 
 def _read_digests(cache: Path) -> dict[Identity, str]:
     known = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         for line in (cache / "digests.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 path, size, modified, changed, digest = json.loads(line)
@@ -303,6 +330,12 @@ def _read_digests(cache: Path) -> dict[Identity, str]:
             except (ValueError, TypeError):  # a damaged line: its file is read again
                 continue
     return known
+
+
+def _remember_digest(source: Identity, digest: str, cache: Path) -> None:
+    # On a full disk it is forgotten: the next run reads the file again.
+    with contextlib.suppress(OSError), open(cache / "digests.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps([*source, digest]) + "\n")
 
 
 def _digest(path: str) -> str:

@@ -26,6 +26,8 @@ from lerobot_jax.data.video_decoder import NUM_THREADS, VideoFile, decoding_thre
 from lerobot_jax.errors import InputError
 from lerobot_jax.progress import progress_bar
 
+MAX_OPEN = 64  # entries that are built at once; each holds four files
+
 
 def cached_frames(cameras: Sequence[VideoFrames | ImageFrames], cache: Path, budget_gb: float) -> bool:
     """Decode all files of the cameras into the cache, unless they are there, and have the cameras read from it.
@@ -116,7 +118,8 @@ class _Builder:
             if not layout.is_begun(self._folder):
                 if self._folder.exists():
                     logging.warning("%s: damaged; decoding begins again", self._folder)
-                layout.create(self._folder)
+                with cache_folder.folder_lock(cache):
+                    layout.create(self._folder)
             self._pixels, self._checksums, self._done = map(self._open_file, ("pixels", "checksums", "done"))
             self.missing = np.flatnonzero(np.fromfile(self._folder / "done", np.uint8) != 1).tolist()
         except BaseException:
@@ -140,6 +143,7 @@ class _Builder:
 
     def keep(self, segments: Sequence[int]) -> int:
         """See segments onto the disk before they count as done; return how many frames they have."""
+        cache_folder.check_unchanged(self._layout.source.path, self._layout.identity, "decoded")
         os.fsync(self._pixels)
         os.fsync(self._checksums)
         for segment in segments:
@@ -148,11 +152,9 @@ class _Builder:
 
     def finish(self) -> None:
         """Let the entry appear."""
-        source = self._layout.source.path
-        if cache_folder.identity(source) != self._layout.identity:
-            raise InputError(f"{source}: changed while it was decoded; start again")
-        self._layout.finish(self._folder)
-        self._folder.rename(cache_folder.whole_path(self._cache, self._name))
+        with cache_folder.folder_lock(self._cache):
+            self._layout.finish(self._folder)
+            self._folder.rename(cache_folder.whole_path(self._cache, self._name))
         self.close()
 
     def close(self) -> None:
@@ -184,9 +186,9 @@ class _Build:
                 while self._running:
                     self._settle()
             except OSError as error:
-                self._give_up(keep_begun=False)
+                self._give_up(keep_begun=error.errno not in cache_folder.DISK_IS_FULL)
                 needed = sum(layout.num_bytes for layout in self._layouts.values())
-                raise cache_folder.disk_is_full(self._cache, needed, error) from None
+                raise cache_folder.cannot_write(self._cache, error, needed) from None
             except BaseException:
                 self._give_up(keep_begun=True)
                 raise
@@ -194,7 +196,7 @@ class _Build:
     def _begin(self, name: str) -> None:
         """Hand an entry's segments to the threads, unless another process makes the entry."""
         layout, lock_path = self._layouts[name], self._cache / "locks" / name
-        while self._running and cache_folder.is_locked(lock_path):
+        while self._running and (len(self._missing) >= MAX_OPEN or cache_folder.is_locked(lock_path)):
             self._settle()
         lock = cache_folder.wait_for_lock(lock_path, f"decodes {layout.source.path}")
         if cache_folder.whole_path(self._cache, name).exists():
@@ -264,7 +266,7 @@ def _claim_room(
         except OSError as error:
             for name in new:
                 cache_folder.remove_entry(cache, name)
-            raise cache_folder.disk_is_full(cache, needed, error) from None
+            raise cache_folder.cannot_write(cache, error, needed) from None
     return True
 
 

@@ -9,6 +9,7 @@ entry.json    what it is of; written last, with digests of the small files
 
 import functools
 import hashlib
+import io
 import math
 import os
 import shutil
@@ -86,7 +87,12 @@ class FrameLayout:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if self.times is not None:
-            np.save(folder / "times.npy", self.times)
+            times = io.BytesIO()  # into a file, np.save does not say why it fails
+            np.save(times, self.times)
+            with open(folder / "times.npy", "wb") as file:
+                file.write(times.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
         for name, size in self._sizes().items():
             with open(folder / name, "wb") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -105,8 +111,8 @@ class FrameLayout:
         try:
             found = read_json(folder / cache_folder.DESCRIPTION) | {"source": str(self.source.path)}
             sizes = {name: (folder / name).stat().st_size for name in self._sizes()}
-            times = "" if self.times is None else _sha256(np.load(folder / "times.npy").tobytes())
-        except (InputError, OSError, ValueError, TypeError):
+            times = "" if self.times is None else _sha256(_read_times(folder, self.num_frames).tobytes())
+        except (InputError, FileNotFoundError, ValueError, TypeError):
             return False
         return found == self.description and sizes == self._sizes() and times == found["times_sha256"]
 
@@ -126,7 +132,7 @@ class CachedFile:
         self.num_frames = n = description["num_frames"]
         frame_bytes = math.prod(source.shape)
         self._checksums = np.fromfile(folder / "checksums", np.uint64)
-        self.times = np.load(folder / "times.npy") if description["times_sha256"] else None
+        self.times = _read_times(folder, n) if description["times_sha256"] else None
         found = [
             description["version"],
             tuple(description["shape"]),
@@ -145,7 +151,7 @@ class CachedFile:
         ]
         if found != expected:
             raise ValueError(f"{found} instead of {expected}")
-        self._pixels = np.memmap(folder / "pixels", np.uint8, "r", shape=(n, frame_bytes)).view(np.ndarray)
+        self._pixels = cache_folder.mapped(folder / "pixels").reshape(n, frame_bytes)
         self._verified = np.zeros(n, bool)
 
     def read(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b bytes"]:
@@ -172,18 +178,22 @@ class CachedFile:
 
 def open_frames(cache: Path, name: str, source: VideoFile | ImageColumn) -> CachedFile | None:
     """Open an entry if it is there; a damaged one is removed. Call it under `folder_lock`."""
-    if not cache_folder.whole_path(cache, name).exists():
+    folder = cache_folder.whole_path(cache, name)
+    if not folder.exists():
         return None
     try:
         return CachedFile(cache, name, source)
-    except (InputError, OSError, ValueError, KeyError, TypeError):
-        logging.warning(
-            "%s: damaged frames of %s; they are decoded again",
-            cache_folder.whole_path(cache, name),
-            source.path,
-        )
+    except (InputError, FileNotFoundError, ValueError, KeyError, TypeError):
+        logging.warning("%s: damaged frames of %s; they are decoded again", folder, source.path)
         cache_folder.remove_entry(cache, name)
         return None
+    except OSError as error:  # it may be whole: the fault is elsewhere
+        raise InputError(f"{folder}: cannot be read ({error})") from None
+
+
+def _read_times(folder: Path, n: int) -> np.ndarray:
+    """Read times.npy without its header, which could be damaged in many ways; a digest tells about the rest."""
+    return np.frombuffer((folder / "times.npy").read_bytes()[-8 * n :], np.float64)
 
 
 def _sha256(data: bytes) -> str:

@@ -124,17 +124,30 @@ class ImageColumn:
 
     def _open(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False)
+            file = pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False)
+            schema = file.schema_arrow
         except FileNotFoundError:
             raise InputError(f"{self.path}: no such file") from None
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{self.path}: damaged or incomplete parquet file ({error})") from None
+        kind = schema.field(self.key).type if self.key in schema.names else "missing"
+        if not _holds_images(kind):
+            file.close()
+            raise InputError(f"{self.path}: column '{self.key}' is {kind}, images need struct<bytes, path>")
+        return file
 
     def _next_batch(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
         try:
             return next(batches, None)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{self.path}: damaged or incomplete parquet file ({error})") from None
+
+
+def _holds_images(kind: Any) -> bool:
+    if not isinstance(kind, pa.StructType) or kind.get_field_index("bytes") < 0:
+        return False
+    data = kind.field("bytes").type
+    return pa.types.is_binary(data) or pa.types.is_large_binary(data)
 
 
 class EncodedImages:
@@ -144,7 +157,7 @@ class EncodedImages:
         self._column, self._cache, self._name, self._lease = column, cache, name, lease
         folder = cache_folder.whole_path(cache, name)
         self._places = np.fromfile(folder / "places", PLACE)
-        self._bytes = np.memmap(folder / "bytes", np.uint8, "r")
+        self._bytes = cache_folder.mapped(folder / "bytes")
 
     def decode(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """Decode the image of one row."""
@@ -173,12 +186,15 @@ def copy_columns(columns: Sequence[ImageColumn], cache: Path) -> list[EncodedIma
     digests = cache_folder.digest_sources(identities, cache, decoding_threads())
     names = [cache_folder.entry_name(d, c.key, "encoded") for c, d in zip(columns, digests, strict=True)]
     by_name = dict(zip(names, columns, strict=True))
+    identity_of = dict(zip(names, identities, strict=True))
     with cache_folder.folder_lock(cache):
         lease = cache_folder.Lease(cache, names)
         sizes = {n: c.num_encoded_bytes for n, c in by_name.items() if not _copy_is_whole(cache, n)}
         cache_folder.make_room(cache, sum(sizes.values()), math.inf, names)
     with progress_bar("copying images (once)", sum(sizes.values()), "B", unit_scale=True, delay=1) as bar:
-        copies = decoding_threads().map(lambda name: _copy_column(by_name[name], cache, name), sizes)
+        copies = decoding_threads().map(
+            lambda name: _copy_column(by_name[name], identity_of[name], cache, name), sizes
+        )
         for size, _ in zip(sizes.values(), copies, strict=True):
             bar.update(size)
     return [EncodedImages(c, cache, n, lease) for c, n in zip(columns, names, strict=True)]
@@ -198,20 +214,25 @@ def _copy_is_whole(cache: Path, name: str) -> bool:
             and (folder / "bytes").stat().st_size == np.frombuffer(places, PLACE)["end"][-1]
         ):
             return True
-    except (InputError, KeyError, TypeError, OSError):
+    except (InputError, FileNotFoundError, ValueError, LookupError, TypeError):
         pass
+    except OSError as error:  # it may be whole: the fault is elsewhere
+        raise InputError(f"{folder}: cannot be read ({error})") from None
     logging.warning("%s: damaged; it is made anew", folder)
     cache_folder.remove_entry(cache, name)
     return False
 
 
-def _copy_column(column: ImageColumn, cache: Path, name: str) -> None:
+def _copy_column(column: ImageColumn, identity: cache_folder.Identity, cache: Path, name: str) -> None:
     """Copy a column, or finish what was begun, unless another process does."""
     lock = cache_folder.wait_for_lock(cache / "locks" / name, f"copies the images of {column.path}")
     try:
         folder = cache_folder.partial_path(cache, name)
         if not cache_folder.whole_path(cache, name).exists():
-            _copy_rows(column, folder)
+            with cache_folder.folder_lock(cache):
+                folder.mkdir(exist_ok=True)
+                write_json({"source": str(column.path)}, folder / cache_folder.DESCRIPTION)
+            _copy_rows(column, identity, folder)
             places = (folder / "places").read_bytes()
             description = {
                 "version": VERSION,
@@ -219,19 +240,20 @@ def _copy_column(column: ImageColumn, cache: Path, name: str) -> None:
                 "key": column.key,
                 "places_sha256": hashlib.sha256(places).hexdigest(),
             }
-            write_json(description, folder / cache_folder.DESCRIPTION)
-            folder.rename(cache_folder.whole_path(cache, name))
+            with cache_folder.folder_lock(cache):
+                write_json(description, folder / cache_folder.DESCRIPTION)
+                folder.rename(cache_folder.whole_path(cache, name))
     except OSError as error:
-        with cache_folder.folder_lock(cache):
-            cache_folder.remove_entry(cache, name)
-        raise cache_folder.disk_is_full(cache, column.num_encoded_bytes, error) from None
+        if error.errno in cache_folder.DISK_IS_FULL:
+            with cache_folder.folder_lock(cache):
+                cache_folder.remove_entry(cache, name)
+        raise cache_folder.cannot_write(cache, error, column.num_encoded_bytes) from None
     finally:
         os.close(lock)
 
 
-def _copy_rows(column: ImageColumn, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    write_json({"source": str(column.path)}, folder / cache_folder.DESCRIPTION)
+def _copy_rows(column: ImageColumn, identity: cache_folder.Identity, folder: Path) -> None:
+    """Copy what is not there yet, and see that it is all of the file that was digested."""
     (folder / "places").touch()
     places = np.fromfile(folder / "places", PLACE, (folder / "places").stat().st_size // PLACE.itemsize)
     end = int(places["end"][-1]) if len(places) else 0
@@ -252,9 +274,11 @@ def _copy_rows(column: ImageColumn, folder: Path) -> None:
             end += len(data)
             waiting.append((end, zlib.crc32(data)))
             if row + 1 in next_starts:
+                cache_folder.check_unchanged(column.path, identity, "copied")
                 data_file.flush()
                 os.fsync(data_file.fileno())
                 place_file.write(np.array(waiting, PLACE).tobytes())
                 place_file.flush()
                 os.fsync(place_file.fileno())
                 waiting = []
+    cache_folder.check_unchanged(column.path, identity, "copied")  # what told how many rows there are, too

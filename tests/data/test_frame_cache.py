@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from lerobot_jax.data import cache_folder, frame_cache, frame_entry, video
 from lerobot_jax.data.frame_cache import cached_frames
 from lerobot_jax.data.frames import ImageFrames, VideoFrames
-from lerobot_jax.data.video_decoder import VideoFile
+from lerobot_jax.data.video_decoder import NUM_THREADS, VideoFile
 from lerobot_jax.errors import InputError
 from tests.data.cameras import KEY, SHAPE, film, image_camera, image_table, pictures, video_camera
 
@@ -291,6 +292,15 @@ def test_an_entry_whose_files_are_cut_or_gone_is_rebuilt(
     np.testing.assert_array_equal(camera.read(np.arange(40)), whole(path))
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04aaaa", b"\x93NUMPY\x01\x00v\x00{'descr': ("])
+def test_an_entry_with_garbled_times_is_rebuilt(path: Path, cache: Path, content: bytes):
+    cached_frames([video_camera(path)], cache, 1)
+    next(cache.glob("entries/*/times.npy")).write_bytes(content)
+    camera = video_camera(path)
+    assert cached_frames([camera], cache, 1)
+    np.testing.assert_array_equal(camera.read(np.arange(40)), whole(path))
+
+
 @pytest.mark.parametrize("name", ["checksums", "times.npy", "entry.json"])
 def test_an_entry_with_a_flipped_byte_beside_its_pixels_is_rebuilt(path: Path, cache: Path, name: str):
     cached_frames([video_camera(path)], cache, 1)
@@ -366,6 +376,91 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
     np.testing.assert_array_equal(camera.read(np.arange(40)), whole(path))
 
 
+def test_on_a_full_disk_what_is_there_is_read(path: Path, cache: Path, monkeypatch):
+    cached_frames([video_camera(path)], cache, 1)
+    (cache / "digests.jsonl").unlink(missing_ok=True)
+    (cache / "digests.jsonl").mkdir()  # nothing can be appended
+    assert cached_frames([video_camera(path)], cache, 1)
+
+    def no_space(path, text):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", no_space)
+        with pytest.raises(InputError, match=r"cache: no room .*Disk quota exceeded"):
+            cached_frames([video_camera(path)], cache, 1)
+    assert [entry.is_whole for entry in cache_folder.list_entries(cache)] == [True]
+
+
+def test_what_cannot_be_opened_is_not_damaged(path: Path, cache: Path, monkeypatch):
+    def too_many(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def cannot_begin(folder):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    cached_frames([video_camera(path)], cache, 1)
+    with monkeypatch.context() as limited:
+        limited.setattr(cache_folder, "mapped", too_many)
+        with pytest.raises(InputError, match=r"entries.*: cannot be read .*Too many open files"):
+            cached_frames([video_camera(path)], cache, 1)
+    assert [entry.is_whole for entry in cache_folder.list_entries(cache)] == [True]
+    with monkeypatch.context() as limited:
+        limited.setattr(os, "fsync", cannot_begin)
+        with pytest.raises(InputError, match=r"cache: decoded frames cannot be kept .*Too many open files"):
+            cached_frames([video_camera(path, size=(16, 20))], cache, 1)
+
+
+def test_more_files_are_cached_than_may_be_open(tmp_path: Path, cache: Path, caplog, monkeypatch):
+    spare = 40 + 2 * NUM_THREADS
+    n = spare + 10
+    tables = [image_table(tmp_path / f"{i}.parquet", n=1, seed=i) for i in range(n)]
+    monkeypatch.setattr(frame_cache, "MAX_OPEN", 4)
+    monkeypatch.setenv("LEROBOT_JAX_CACHE", str(tmp_path / "copies"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + spare, hard))
+        copied, built, opened = (image_camera(*tables, n=1) for _ in range(3))
+        assert copied.read(np.arange(n)).shape == (n, *SHAPE)
+        assert cached_frames([built], cache, 1)
+        assert cached_frames([opened], cache, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(opened.read(np.arange(n)), copied.read(np.arange(n)))
+    assert caplog.messages == []
+
+
+def test_an_entry_that_is_claimed_is_not_removed_before_it_is_begun(path: Path, cache: Path, monkeypatch):
+    original = frame_cache._Build.run
+
+    def run(self):
+        assert [(e.is_whole, e.in_use) for e in cache_folder.list_entries(cache)] == [(False, True)]
+        assert cache_folder.remove_entries(cache) == []
+        original(self)
+
+    monkeypatch.setattr(frame_cache._Build, "run", run)
+    assert cached_frames([video_camera(path)], cache, 1)
+
+
+def test_entries_are_finished_while_nobody_lists_them(path: Path, cache: Path, monkeypatch):
+    original, locked = frame_entry.FrameLayout.finish, []
+
+    def finish(self, folder):
+        locked.append(cache_folder.is_locked(cache / "lock"))
+        original(self, folder)
+
+    monkeypatch.setattr(frame_entry.FrameLayout, "finish", finish)
+    assert cached_frames([video_camera(path)], cache, 1)
+    assert locked == [True]
+
+
+def test_stray_files_are_no_entries(path: Path, cache: Path):
+    cached_frames([video_camera(path)], cache, 1)
+    (cache / "entries" / ".DS_Store").write_text("")
+    assert cached_frames([video_camera(path, size=(16, 20))], cache, 1)
+    assert len(cache_folder.list_entries(cache)) == 2
+
+
 def test_a_folder_that_cannot_be_written_is_reported(path: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/cache: cannot keep frames here .*LEROBOT_JAX_CACHE"):
@@ -402,8 +497,28 @@ def test_a_source_that_changes_while_it_is_decoded_is_reported(path: Path, cache
         return original(self, frames)
 
     monkeypatch.setattr(VideoFile, "decode", decode)
-    with pytest.raises(InputError, match=r"a\.mp4: changed while it was decoded"):
+    with pytest.raises(InputError, match=r"a\.mp4: changed while it was (read|decoded)"):
         cached_frames([video_camera(path)], cache, 1)
+
+
+def test_nothing_of_a_changed_source_is_kept(path: Path, cache: Path, tmp_path: Path, monkeypatch):
+    other, expected = film(tmp_path / "b.mp4", seed=2), whole(path)
+    aside = shutil.copy2(path, tmp_path / "aside.mp4")
+    original = cache_folder.digest_sources
+
+    def digest_sources(*arguments):
+        digests = original(*arguments)
+        shutil.copyfile(other, path)
+        return digests
+
+    with monkeypatch.context() as replaced:
+        replaced.setattr(cache_folder, "digest_sources", digest_sources)
+        with pytest.raises(InputError, match=r"a\.mp4: changed while it was decoded"):
+            cached_frames([video_camera(path)], cache, 1)
+    shutil.copy2(aside, path)
+    camera = video_camera(path)
+    assert cached_frames([camera], cache, 1)
+    np.testing.assert_array_equal(camera.read(np.arange(40)), expected)
 
 
 def test_a_checksum_tells_any_single_change_and_zeros(monkeypatch):

@@ -1,3 +1,4 @@
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,6 +126,36 @@ def test_a_copy_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, cache:
     assert read == [*range(22), *range(16, 40)]  # two row groups of 8 were there
 
 
+def test_nothing_of_a_changed_file_is_copied(tmp_path: Path, monkeypatch):
+    path, other = image_table(tmp_path / "a.parquet"), image_table(tmp_path / "b.parquet", seed=2)
+    aside = path.read_bytes()
+    original = cache_folder.digest_sources
+
+    def digest_sources(*arguments):
+        digests = original(*arguments)
+        path.write_bytes(other.read_bytes())
+        return digests
+
+    with monkeypatch.context() as replaced:
+        replaced.setattr(cache_folder, "digest_sources", digest_sources)
+        with pytest.raises(InputError, match=r"a\.parquet: changed while it was copied; start again"):
+            image_camera(path).read(np.array([0]))
+    path.write_bytes(aside)
+    np.testing.assert_array_equal(image_camera(path).read(np.arange(40)), pictures(40))
+
+
+def test_a_copy_is_finished_while_nobody_lists_it(tmp_path: Path, cache: Path, monkeypatch):
+    original, locked = image_column.write_json, []
+
+    def write_json(data, path):
+        locked.append(cache_folder.is_locked(cache / "lock"))
+        original(data, path)
+
+    monkeypatch.setattr(image_column, "write_json", write_json)
+    image_camera(image_table(tmp_path / "a.parquet")).read(np.array([0]))
+    assert locked == [True, True]
+
+
 @pytest.mark.parametrize("name", ["bytes", "places", "entry.json"])
 def test_a_damaged_copy_is_noticed(tmp_path: Path, cache: Path, name: str):
     path = image_table(tmp_path / "a.parquet")
@@ -154,3 +185,20 @@ def test_bad_images_are_reported(tmp_path: Path):
     camera = image_camera(image_table(tmp_path / "c.parquet", n=8))
     with pytest.raises(InputError, match=r"c\.parquet: has 8 rows, row 30 is wanted"):
         camera.read(np.array([30]))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pa.array([b"png"]), "binary"),
+        (pa.array([{"path": "a.png"}]), "struct<path: string>"),
+        (pa.array([{"bytes": "png"}]), "struct<bytes: string>"),
+        (None, "missing"),
+    ],
+)
+def test_columns_of_another_type_are_reported(tmp_path: Path, column: pa.Array | None, kind: str):
+    columns = {"index": [0]} if column is None else {KEY: column}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    message = re.escape(f"a.parquet: column '{KEY}' is {kind}, images need struct<bytes, path>")
+    with pytest.raises(InputError, match=message):
+        image_camera(tmp_path / "a.parquet", n=1).read(np.array([0]))
