@@ -108,14 +108,21 @@ class VideoFile:
         self.shape = shape if size is None else (*size, 3)
         self._lock = threading.Lock()
         self._index: VideoIndex | None = None
+        self._indexed: tuple[int, ...] = ()  # the identity of the file that `_index` is of
 
     @property
     def index(self) -> VideoIndex:
         """List the frames; the file is looked at once."""
         with self._lock:
             if self._index is None:
+                self._indexed = _identity(self.path)
                 self._index = index_video(self.path)
             return self._index
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` when the file is not the one whose frames were listed."""
+        if _identity(self.path) != self._indexed:
+            raise InputError(f"{self.path}: changed while it was read; start again")
 
     @property
     def num_frames(self) -> int:
@@ -147,6 +154,15 @@ class VideoFile:
                 yield picture if self.size is None else resize(picture, self.size)
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    """Give what tells whether a file was replaced or written to."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def resize(picture: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
     """Resize to (h, w) bilinearly, antialiased; torchvision's `resize` differs by 1 in at most 1 % of bytes."""
     image = PIL.Image.fromarray(picture).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
@@ -160,6 +176,11 @@ class _Decoder:
         self.source = source
         self._index = source.index
         self._container = video.open_video(source.path)
+        try:
+            source.check_unchanged()
+        except InputError:
+            self._container.close()
+            raise
         self._stream = self._container.streams.video[0]
         # libdav1d fills a pipeline before it gives the first frame: files and groups run in parallel instead.
         self._stream.thread_type = "NONE"

@@ -1,3 +1,4 @@
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,18 @@ def test_only_so_many_files_stay_open(tmp_path: Path, opened: list[Counted], mon
     for source in [*sources, sources[3]]:
         list(source.decode([0]))
     assert [container.is_open for container in opened] == [False, False, True, True]
+
+
+def test_a_video_that_is_replaced_is_reported(tmp_path: Path, opened: list[Counted]):
+    path, other = film(tmp_path / "video.mp4"), film(tmp_path / "other.mp4")
+    source = VideoFile(path, SHAPE)
+    list(source.decode([0]))
+    os.replace(other, path)
+    list(source.decode([1]))  # by the decoder that has the first one open
+    video_decoder.close_decoders([source])
+    with pytest.raises(InputError, match=r"video\.mp4: changed while it was read; start again"):
+        list(source.decode([2]))
+    assert not any(container.is_open for container in opened)
 
 
 def damage(path: Path) -> None:
