@@ -45,6 +45,8 @@ from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.progress import progress_bar
 
+MOST_EPISODES = 10_000_000
+
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATASET ...")]
 
@@ -179,6 +181,8 @@ def stats(config: Stats) -> None:
         _check_writable(meta)
     episode_index = read_column(meta, "episode_index")
     computed = {key: meta.stats[key] for key in INDEX_COLUMNS if key in meta.stats}
+    if config.write:  # what they have stays, what they lack is added
+        computed = {key: exact_statistics(read_column(meta, key)) | had for key, had in computed.items()}
     comparisons: dict[str, Comparison] = {}
     for key, feature in meta.features.items():
         if feature["dtype"] == "string" or key in INDEX_COLUMNS:
@@ -370,6 +374,8 @@ def _assignments(flag: str, texts: Sequence[str], read: Callable[[str], Any]) ->
         name, _, value = text.partition("=")
         try:
             values[name] = read(value)
+        except InputError as error:
+            raise InputError(f"{flag}: {error}") from None
         except ValueError:
             raise InputError(f"{flag}: expected NAME=VALUE, as --help shows, not '{text}'") from None
     if len(values) < len(texts):
@@ -381,8 +387,13 @@ def _episode_numbers(text: str) -> list[int]:
     """Read 0-4,7 as [0, 1, 2, 3, 4, 7]."""
     numbers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        first, dash, last = part.partition("-")
+        episodes = range(int(first), int(last if dash else first) + 1)
+        if not episodes:
+            raise InputError(f"{part} has no episode; the lower number comes first")
+        if episodes.stop > MOST_EPISODES:  # before they fill the memory
+            raise InputError(f"{part}: no dataset has more than {MOST_EPISODES:,} episodes")
+        numbers += episodes
     return numbers
 
 

@@ -251,6 +251,16 @@ def test_mistakes_in_splits(recorded: Path, tmp_path: Path):
         (["split", str(recorded), output], "give either --fractions or --episodes"),
         (["split", str(recorded), "--fractions", "train", output], "--fractions: expected NAME=VALUE"),
         (["split", str(recorded), "--episodes", "a=x", output], "--episodes: expected NAME=VALUE"),
+        (["split", str(recorded), "--episodes", "a=0-", output], "--episodes: expected NAME=VALUE"),
+        (["split", str(recorded), "--episodes", "a=2-0", output], "--episodes: 2-0 has no episode"),
+        (
+            ["split", str(recorded), "--episodes", "a=0-99999999999", output],
+            "no dataset has more than 10,000,000",
+        ),
+        (
+            ["split", str(recorded), "--episodes", "a=0-999", output],
+            r"\[3, .*, 12\] and 987 more are no episodes",
+        ),
         (["split", str(recorded), "--episodes", "a=0", "a=1", output], "each name can be given once"),
         (["merge", str(recorded), output], "name two or more datasets"),
         (["delete-episodes", str(recorded), output], "name the --episodes"),

@@ -11,8 +11,6 @@ import contextlib
 import copy
 import itertools
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,17 +57,9 @@ def convert_to_v30(
         raise InputError(f"{meta.root}: only {V21} is converted, this is {meta.info['codebase_version']}")
     if meta.total_episodes == 0:
         raise InputError(f"{meta.root}: has no episodes")
-    if os.path.lexists(output):
-        raise InputError(f"{output}: already exists; datasets are converted into a new folder")
-    if meta.revision is not None:
-        metadata.fetch_dataset(meta.repo_id, meta.revision, meta.episode_files(None))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be created ({error})") from None
-    try:
+    with dataset_files.appearing_at_once(output) as partial:
+        if meta.revision is not None:
+            metadata.fetch_dataset(meta.repo_id, meta.revision, meta.episode_files(None))
         num_files = meta.total_episodes * (1 + len(meta.video_keys))
         with progress_bar("converting to v3.0", num_files, "file", delay=1) as bar:
             columns = _join_tables(meta, partial, data_files_size_in_mb, bar)
@@ -77,9 +67,6 @@ def convert_to_v30(
                 columns |= _join_videos(meta, key, partial, video_files_size_in_mb, bar)
         _write_meta(meta, partial, columns, (data_files_size_in_mb, video_files_size_in_mb))
         LeRobotDatasetMetadata.load(meta.repo_id, partial)  # raises if something is wrong
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return LeRobotDatasetMetadata.load(meta.repo_id, output)
 
 

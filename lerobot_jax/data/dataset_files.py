@@ -3,8 +3,11 @@
 Mirrors the writing side of `lerobot.datasets.dataset_metadata.LeRobotDatasetMetadata` and `dataset_writer`.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,37 @@ from lerobot_jax.data import info as dataset_info
 from lerobot_jax.data import statistics
 from lerobot_jax.data.info import Stats
 from lerobot_jax.data.remux import FileCounter, SourceVideo, VideoFiles
+from lerobot_jax.errors import InputError, writing
 from lerobot_jax.files import write_json
 
 MEBIBYTE = 1024**2
 EPISODES_PER_ROW_GROUP = 10
 CHUNKS_SIZE, DATA_FILES_SIZE_IN_MB, VIDEO_FILES_SIZE_IN_MB = 1000, 100, 200
+
+
+@contextlib.contextmanager
+def appearing_at_once(output: Path) -> Iterator[Path]:
+    """Give a folder to write in that becomes `output` at the end; nothing is left of it after an error.
+
+    Raises:
+        InputError: when `output` exists already, before or at the end, or cannot be written.
+    """
+    _check_absent(output)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+            partial = (
+                Path(folder) / output.name
+            )  # with the permissions of any new folder, unlike the one around it
+            partial.mkdir()
+            yield partial
+            _check_absent(output)
+            partial.rename(output)
+
+
+def _check_absent(output: Path) -> None:
+    if os.path.lexists(output):
+        raise InputError(f"{output}: already exists; datasets are written into a new folder")
 
 
 def new_info(

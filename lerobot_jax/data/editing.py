@@ -6,13 +6,10 @@ computed again; videos that cannot share a file get files of their own instead o
 appears at once, when it is complete.
 """
 
-import contextlib
 import copy
 import dataclasses
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import tqdm
 from absl import logging
 
 from lerobot_jax.data import metadata, statistics
-from lerobot_jax.data.dataset_files import DatasetFiles, arrow_schema, new_info
+from lerobot_jax.data.dataset_files import DatasetFiles, appearing_at_once, arrow_schema, new_info
 from lerobot_jax.data.episode_reading import EpisodeStatistics, EpisodeTables
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.remux import SourceVideo
@@ -123,12 +120,16 @@ class EpisodeCopy:
         self._statistics = [EpisodeStatistics(source) for source in sources]
         for selection, parts in zip(selections, self._statistics, strict=True):
             _check_statistics(selections[0], selection, parts)
+            if len(selections) > 1:
+                _check_combinable(selection.source)
         self._names = _shared_statistics(sources, self._statistics)
         counting = [
             parts.names | {(key, name) for key in COUNTING for name in source.stats.get(key, {})}
             for source, parts in zip(sources, self._statistics, strict=True)
         ]
-        self._counting_names = set.intersection(*counting)
+        names = set.intersection(*counting)
+        combinable = {key for key, _ in names if {(key, name) for name in NEEDED} <= names}
+        self._counting_names = {(key, name) for key, name in names if key in combinable}
         self._info = _combined_info(sources)
         self._extra_types = _extra_types(sources)
 
@@ -189,22 +190,6 @@ class EpisodeCopy:
             bar.update()
 
 
-@contextlib.contextmanager
-def _appearing_at_once(output: Path) -> Iterator[Path]:
-    """Give a folder to write in that becomes `output` at the end; nothing is left of it after an error."""
-    if os.path.lexists(output):
-        raise InputError(f"{output}: already exists; datasets are written into a new folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        hidden = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be created ({error})") from None
-    with hidden as folder:
-        partial = Path(folder) / output.name
-        yield partial
-        partial.rename(output)
-
-
 def _write(
     copies: Mapping[str, EpisodeCopy], output: Path, description: str
 ) -> dict[str, LeRobotDatasetMetadata]:
@@ -215,7 +200,7 @@ def _write(
     num_episodes = sum(each.num_episodes for each in copies.values())
     written = {}
     with (
-        _appearing_at_once(output) as folder,
+        appearing_at_once(output) as folder,
         progress_bar(description, num_episodes, "episode", delay=1) as bar,
     ):
         for name, each in copies.items():
@@ -228,8 +213,10 @@ def _write(
 def _check_known(source: LeRobotDatasetMetadata, episodes: Sequence[int], where: str) -> None:
     unknown = sorted({episode for episode in episodes if not 0 <= episode < source.total_episodes})
     if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise InputError(
-            f"{where}: {unknown} are no episodes of {source.root}, which has 0..{source.total_episodes - 1}"
+            f"{where}: {unknown[:10]}{more} are no episodes of {source.root}, which has "
+            f"0..{source.total_episodes - 1}"
         )
     repeated = sorted(episode for episode, times in Counter(episodes).items() if times > 1)
     if repeated:
@@ -338,6 +325,17 @@ def _check_statistics(first: Selection, selection: Selection, parts: EpisodeStat
     if differing:
         raise InputError(
             f"{source.root} and {first.source.root}: only one has statistics of {differing}; compute them for both"
+        )
+
+
+def _check_combinable(source: LeRobotDatasetMetadata) -> None:
+    """Check that a dataset's statistics can be combined with those of others."""
+    found = {key: set(values) for key, values in source.stats.items() if key not in COUNTING}
+    lacking = sorted(key for key, names in found.items() if NEEDED - names)
+    if lacking:
+        raise InputError(
+            f"{source.root / 'meta'}: the statistics of {lacking} lack some of {sorted(NEEDED)}, so that they "
+            f"cannot be combined; `python -m lerobot_jax.dataset stats {source.root} --write` completes them"
         )
 
 

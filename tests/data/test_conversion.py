@@ -1,6 +1,8 @@
 """v2.1 becomes v3.0: the same frames in few large files, whole or not at all."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -246,11 +248,41 @@ def test_an_interrupted_conversion_can_be_repeated(
         with pytest.raises(KeyboardInterrupt):
             convert_to_v30(load(root), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".new.partial/data").mkdir(parents=True)  # what a killed one leaves
-    (tmp_path / ".new.partial/data/old").touch()
     meta = convert_to_v30(load(root), tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    assert not (meta.root / "data/old").exists()
+    assert_equal_items(root, meta.root)
+
+
+def test_two_conversions_into_one_folder_do_not_mix(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_meta = conversion._write_meta
+
+    def convert_again(*args: Any) -> None:
+        """Write what is last, after another conversion began and ended."""
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, "_write_meta", write_meta)
+            convert_to_v30(load(root), tmp_path / "new")
+        write_meta(*args)
+
+    monkeypatch.setattr(conversion, "_write_meta", convert_again)
+    with pytest.raises(InputError, match="new: already exists"):
+        convert_to_v30(load(root), tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert_equal_items(root, tmp_path / "new")
+
+
+@pytest.mark.parametrize("where", ["_join_tables", "_join_videos", "_write_meta"])
+def test_a_full_disk_is_named_and_nothing_is_left(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(conversion, where, fail)
+    with pytest.raises(InputError, match=r"new: cannot be written \(No space left on device\)"):
+        convert_to_v30(load(root), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unsuitable_folders_are_refused(root: Path, tmp_path: Path):
@@ -262,7 +294,7 @@ def test_unsuitable_folders_are_refused(root: Path, tmp_path: Path):
         convert_to_v30(load(root), tmp_path / "new")
     assert contents(meta.root) == before
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/new: cannot be created"):
+    with pytest.raises(InputError, match=r"file/new: cannot be written \(Not a directory|File exists\)"):
         convert_to_v30(load(root), tmp_path / "file/new")
 
 

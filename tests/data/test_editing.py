@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -312,6 +314,33 @@ def test_datasets_that_do_not_go_together_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="at least one dataset"):
         merge_datasets([], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
+
+
+def test_statistics_without_counts_are_refused_before_anything_is_written(tmp_path: Path):
+    sources = [record(tmp_path / name, (3, 4), NUMBERS).meta for name in "ab"]
+    path = sources[1].root / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    del stats["action"]["count"], stats["index"]["count"]
+    path.write_text(json.dumps(stats))
+    sources[1] = load(sources[1].root)
+    with pytest.raises(
+        InputError, match=r"b/meta: the statistics of \['action'\] lack some of .* stats .*b --write"
+    ):
+        merge_datasets(sources, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    split_dataset(sources[1], {"all": 1.0}, tmp_path / "out")  # nothing to combine
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sources = [record(tmp_path / name, (3, 4), NUMBERS).meta for name in "ab"]
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fail)
+    with pytest.raises(InputError, match=r"out: cannot be written \(No space left on device\)"):
+        merge_datasets(sources, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_wrong_choices_are_refused_before_anything_is_written(tmp_path: Path):
