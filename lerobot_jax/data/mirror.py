@@ -52,7 +52,7 @@ class Mirror:
         max_bytes: how much `hold` and `expect` may keep on disk, partial files included.
         patience: how long to try.
         """
-        self._remote, self._max_bytes, self._patience = remote, max_bytes, patience
+        self._remote, self.max_bytes, self._patience = remote, max_bytes, patience
         with writing(parent):
             self.root, self._lock = _make_locked_folder(parent)
         self._stopped = threading.Event()
@@ -192,7 +192,7 @@ class Mirror:
         others.sort(key=lambda other: -self._expected.get(other, never))
         removable = [other for other in others if self._expected.get(other, never) > place]
         used = sum(self._present.values()) + sum(self._coming.values())
-        excess = used + self._versions[name].size - self._max_bytes
+        excess = used + self._versions[name].size - self.max_bytes
         if excess > sum(self._present[other] for other in removable):
             return False
         for other in removable:
@@ -206,7 +206,7 @@ class Mirror:
         needed = sum(self._versions[held].size for held in {*self._held, name} if held in self._versions)
         return InputError(
             f"{self._remote.address(name)}: files of at least {needed / 1e9:.3g} GB are needed at once, and the "
-            f"stream may keep {self._max_bytes / 1e9:.3g} GB; let it keep more, or lower buffer_size"
+            f"stream may keep {self.max_bytes / 1e9:.3g} GB; let it keep more, or lower buffer_size"
         )
 
 

@@ -12,12 +12,14 @@ What it takes. On disk: `max_bytes` and `meta/`; the files of two windows must f
 `max_num_shards` files of each kind; while held-out episodes are read, one of the two is theirs. In memory: the
 numbers of two windows (`tables.bytes_per_frame`), those of the parquet files of one as they are read, the episodes
 of `meta/`, 64 MB for transfers through fsspec, and the batches. `buffer_size` should be more than the loader reads
-ahead, or windows are opened again and again.
+ahead, or windows are opened again and again. Images in parquet files are copied window by window to where each can
+be had alone; half of `max_bytes` is left for that.
 """
 
 import contextlib
 import dataclasses
 import re
+import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,18 +29,18 @@ import fsspec
 import huggingface_hub
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from lerobot_jax import hub
 from lerobot_jax.data import info, metadata, metadata_v21
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.download import AbsentError, Closed, FsspecFolder, Patience, RemoteFolder, WebFolder
-from lerobot_jax.data.frames import VideoFrames
+from lerobot_jax.data.frames import ImageFrames, VideoFrames, rows_by_file
 from lerobot_jax.data.mirror import DatasetFiles, FilesInPlace, Mirror
 from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.stream_order import StreamOrder
-from lerobot_jax.data.video_decoder import close_decoders
-from lerobot_jax.errors import InputError, UnwritableError
+from lerobot_jax.data.video_decoder import close_decoders, decoding_threads
+from lerobot_jax.errors import InputError, UnwritableError, writing
 
 MAX_BYTES = 50_000_000_000
 WINDOWS_OPEN = 2
@@ -103,6 +105,10 @@ def open_stream(
         with _source_named(mirror.root, address):
             _fetch_meta(mirror)
             meta = metadata.LeRobotDatasetMetadata.load(repo_id, mirror.root, commit)
+        if meta.image_keys:
+            mirror.max_bytes = (
+                max_bytes // 2
+            )  # `_WindowImages` takes no more than the files of the open windows
     except BaseException:
         mirror.close()
         raise
@@ -188,6 +194,9 @@ class _Window:
     def open(self, stream: Stream, settings: Mapping[str, Any]) -> None:
         stream.files.wait_for(self.files)
         dataset = LeRobotDataset(stream.meta.repo_id, episodes=self.episodes, meta=stream.meta, **settings)
+        for camera in dataset.cameras.values():
+            if isinstance(camera, ImageFrames):
+                camera.read_from(_WindowImages(camera, hub.cache_home() / "streams"))
         index = dataset.columns["index"]
         self._rows = np.argsort(index)
         self._index = index[self._rows]
@@ -202,6 +211,38 @@ class _Window:
     def read(self, frames: Int[np.ndarray, " b"], keys: Collection[str]) -> Batch:
         assert self.dataset is not None
         return self.dataset.read(self._rows[np.searchsorted(self._index, frames)], keys)
+
+
+class _WindowImages:
+    """A window's images, still encoded, in a file without a name that is gone with the window."""
+
+    def __init__(self, camera: ImageFrames, folder: Path):
+        self._columns, self._file_of_row = camera.files, camera.file_of_row
+        self._places, self._shape = camera.places(camera.files), camera.shape
+        self._spans = np.zeros((len(self._places), 2), np.int64)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                for number, rows in rows_by_file(self._file_of_row):
+                    row_of_place = dict(zip(self._places[rows].tolist(), rows.tolist(), strict=True))
+                    first, last = min(row_of_place), max(row_of_place)
+                    for place, data in enumerate(self._columns[number].encoded(first, last + 1), start=first):
+                        if place in row_of_place:
+                            self._spans[row_of_place[place]] = file.tell(), file.tell() + len(data)
+                            file.write(data)
+                file.flush()
+                self._bytes = np.memmap(file, np.uint8, "r")
+
+    def read(self, rows: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        frames = np.empty((len(rows), *self._shape), np.uint8)
+
+        def decode(i: int) -> None:
+            start, end = self._spans[rows[i]]
+            column = self._columns[self._file_of_row[rows[i]]]
+            frames[i] = column.decode_image(self._bytes[start:end], int(self._places[rows[i]]))
+
+        list(decoding_threads().map(decode, range(len(rows))))
+        return frames
 
 
 class StreamedSamples:

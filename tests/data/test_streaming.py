@@ -32,7 +32,7 @@ from lerobot_jax.data.mirror import Mirror
 from lerobot_jax.data.streaming import StreamedSamples, open_stream
 from lerobot_jax.errors import InputError
 from tests.data.failing_server import COMMIT, FailingServer
-from tests.data.recordings import record
+from tests.data.recordings import FEATURES, record
 from tests.data.v21 import record_v21
 
 LENGTHS = (5, 8, 4, 9, 6, 7)
@@ -428,6 +428,22 @@ def test_a_budget_that_cannot_hold_a_window_is_an_error(server: FailingServer):
         pytest.raises(InputError, match=r"are needed at once, and the stream may keep .* lower buffer_size"),
     ):
         samples.read(np.arange(4))
+
+
+def test_images_in_parquet_files_are_copied_only_while_their_window_is_open(tmp_path: Path):
+    features = FEATURES | {CAMERA: FEATURES[CAMERA] | {"dtype": "image"}}
+    root = record(tmp_path / "dataset", (4,) * 7, features, data_files_size_in_mb=0).root
+    server, max_bytes = FailingServer(root), budget(root, 1.2)
+    with closing(server), streamed(server.url, max_bytes, episodes=range(6), buffer_size=4) as samples:
+        assert isinstance(samples.stream.files, Mirror)
+        assert samples.stream.files.max_bytes == max_bytes // 2
+        batches = [samples.read(np.arange(i, i + 4)) for i in range(0, 72, 4)]
+        batches += samples.validation_batches([6], 3)
+        copies = re.findall(r"/streams/\S+ \(deleted\)", Path("/proc/self/maps").read_text())
+        assert 0 < len(copies) <= 2
+        assert not (hub.cache_home() / "frames").exists()
+    for batch in batches:
+        assert_right(batch, root)
 
 
 def test_held_out_episodes_need_no_more_room_than_training(tmp_path: Path):
