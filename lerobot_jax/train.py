@@ -200,7 +200,8 @@ def main(argv: Sequence[str]) -> None:
             if config.save_checkpoint and is_due:
                 check_finite(largest_weight(state), "largest weight", step, config)
                 writer.save(step, state, is_best=is_best)
-                plot_curves(config.run_dir)
+                if not is_last:
+                    plot_curves(config.run_dir)
                 since = time.monotonic()
         if stop.signal and config.save_checkpoint:
             check_finite(largest_weight(state), "largest weight", step, config)

@@ -58,10 +58,11 @@ def plot_curves(run_dir: Path, output: Path | None = None) -> Path | None:
     """Draw losses, evaluations, gradients and speed over the steps of a run; return the picture's path."""
     records = read_metrics(run_dir / METRICS_NAME)
     logged = {name for record in records for name in record}
+    of_datasets = sorted(name for name in logged if name.startswith(("loss/", "eval_loss/")))
     panels = [
         (title, [name for name in names if name in logged], top)
         for title, names, top in (
-            ("loss", ("loss", "eval_loss"), None),
+            ("loss", ("loss", "eval_loss", *of_datasets), None),
             ("reward", ("avg_max_reward", "avg_max_coverage"), 1.0),
             ("success, %", ("pc_success",), 100.0),
             ("gradient norm", ("grad_norm",), None),

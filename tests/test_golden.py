@@ -27,7 +27,7 @@ from tests.goldens import ROOT, Golden
 DRAWS = {"act": ["noise"]}
 
 # Those that compile long and differ in settings only.
-SLOW = ("three_cameras_s0", "deep_raw_s0", "resnet34_te_s0")
+SLOW = ("three_cameras_s0", "deep_raw_s0", "resnet34_te_s0", "dilated_te_s0")
 GOLDENS = [
     pytest.param(path.parent, marks=[pytest.mark.slow] * (path.parent.name in SLOW))
     for path in sorted(ROOT.glob("*/*/meta.json"))

@@ -430,7 +430,8 @@ def test_a_budget_that_cannot_hold_a_window_is_an_error(server: FailingServer):
         samples.read(np.arange(4))
 
 
-def test_images_in_parquet_files_are_copied_only_while_their_window_is_open(tmp_path: Path):
+def test_images_in_parquet_files_are_copied_only_while_their_window_is_open(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LEROBOT_JAX_CACHE", str(tmp_path / "cache"))
     features = FEATURES | {CAMERA: FEATURES[CAMERA] | {"dtype": "image"}}
     root = record(tmp_path / "dataset", (4,) * 7, features, data_files_size_in_mb=0).root
     server, max_bytes = FailingServer(root), budget(root, 1.2)
