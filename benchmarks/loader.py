@@ -9,8 +9,9 @@ frames are decoded on demand (cold), come from the cache of decoded frames (warm
 runs in a process of its own; they take turns, so that all see the same machine.
 
 Printed are samples a second, samples a second of processor time (all processes and threads together), seconds from
-nothing to the first batch, host memory that is not page cache, and how much of a simulated 20 ms train step is
-spent waiting for data.
+nothing to the first batch, host memory that is not page cache, and for how much of a run whose train steps take
+20 ms (simulated) the accelerator waits for data. As `lerobot-train` does, stock LeRobot asks for a batch when the
+step before has ended; as `lerobot_jax.train` does, we ask while it runs.
 """
 
 import argparse
@@ -166,19 +167,29 @@ def measure(side: str, case: dict[str, Any], root: str, workers: int, seconds: f
         num += case["batch"]
     wall, cpu = time.perf_counter() - begun, processor_seconds() - spent
     memory = anonymous_bytes()
-    waited, begun = 0.0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        time.sleep(STEP_S)
-        before = time.perf_counter()
-        next(batches)
-        waited += time.perf_counter() - before
+    idle, begun = 0.0, time.perf_counter()
+    until = now = begun  # the accelerator is at work until then
+    while now - begun < seconds:
+        idle += max(0.0, now - until)
+        before, until = until, max(now, until) + STEP_S
+        if side == "lerobot":
+            sleep_until(until)
+            next(batches)
+        else:
+            wait_for(next(batches))
+            sleep_until(before)
+        now = time.perf_counter()
     return {
         "samples_per_s": num / wall,
         "samples_per_cpu_s": num / max(cpu, 1e-2),
         "first_s": first,
         "memory_gb": memory / 1e9,
-        "data_wait": waited / (time.perf_counter() - begun),
+        "data_wait": idle / (now - begun),
     }
+
+
+def sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 def print_table(name: str, case: dict[str, Any], found: dict[str, list[dict[str, float]]]) -> None:

@@ -148,7 +148,8 @@ def main(argv: Sequence[str]) -> None:
             step += 1
             waiting = time.monotonic()
             batch = next(batches)
-            data_wait += time.monotonic() - waiting
+            if metrics["loss"].is_ready():  # the devices had nothing to do meanwhile
+                data_wait += time.monotonic() - waiting
             pending.append(metrics)
             if len(pending) > 1:  # keep the host at most one step ahead of the devices
                 jax.block_until_ready(pending[-2])

@@ -316,7 +316,8 @@ class StreamedSamples:
     ) -> Iterator[Batch]:
         """Yield frames of some episodes once, in order, at most `max_samples` (0: all), as many of each task.
 
-        The last batch may be smaller. These are the frames of `LeRobotDataset.first_rows`.
+        The last batch may be smaller. The frames of an episode count for its first task; where episodes have one
+        task each, these are the frames of `LeRobotDataset.first_rows`.
         """
         parts: list[Batch] = []
         missing = batch_size
