@@ -38,10 +38,8 @@ def appearing_at_once(output: Path) -> Iterator[Path]:
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-            partial = (
-                Path(folder) / output.name
-            )  # with the permissions of any new folder, unlike the one around it
-            partial.mkdir()
+            partial = Path(folder) / output.name
+            partial.mkdir()  # with the permissions of any new folder, unlike the one around it
             yield partial
             _check_absent(output)
             partial.rename(output)
