@@ -57,6 +57,7 @@ def convert_to_v30(
         raise InputError(f"{meta.root}: only {V21} is converted, this is {meta.info['codebase_version']}")
     if meta.total_episodes == 0:
         raise InputError(f"{meta.root}: has no episodes")
+    dataset_files.check_outside(meta.root, output)
     with dataset_files.appearing_at_once(output) as partial:
         if meta.revision is not None:
             metadata.fetch_dataset(meta.repo_id, meta.revision, meta.episode_files(None))

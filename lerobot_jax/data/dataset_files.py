@@ -45,6 +45,12 @@ def appearing_at_once(output: Path) -> Iterator[Path]:
             partial.rename(output)
 
 
+def check_outside(root: Path, output: Path) -> None:
+    """Raise `InputError` when `output` lies inside the dataset at `root`."""
+    if root.resolve() in output.resolve().parents:
+        raise InputError(f"{output}: lies inside {root}, which is not to be changed")
+
+
 def _check_absent(output: Path) -> None:
     if os.path.lexists(output):
         raise InputError(f"{output}: already exists; datasets are written into a new folder")
@@ -177,6 +183,12 @@ class DatasetFiles:
             files.close()
         self._rows.close()
         write_tasks(self.tasks, self.root / dataset_info.TASKS_PATH)
+
+    def abandon(self) -> None:
+        """Close the open videos after an error, while their folder is there; the files are not whole."""
+        for files in self._videos.values():
+            with contextlib.suppress(Exception):  # what went wrong before is the error
+                files.close()
 
 
 class _ParquetFiles:

@@ -18,7 +18,13 @@ import tqdm
 from absl import logging
 
 from lerobot_jax.data import metadata, statistics
-from lerobot_jax.data.dataset_files import DatasetFiles, appearing_at_once, arrow_schema, new_info
+from lerobot_jax.data.dataset_files import (
+    DatasetFiles,
+    appearing_at_once,
+    arrow_schema,
+    check_outside,
+    new_info,
+)
 from lerobot_jax.data.episode_reading import EpisodeStatistics, EpisodeTables
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.remux import SourceVideo
@@ -144,14 +150,18 @@ class EpisodeCopy:
     def write(self, root: Path, bar: tqdm.tqdm) -> None:
         """Write the dataset into the folder `root`; the bar counts episodes."""
         files = DatasetFiles(root, self._info, self._extra_types)
-        for selection, parts in zip(self._selections, self._statistics, strict=True):
-            # The statistics of a whole dataset stay, also where they are not those of its episodes combined.
-            if selection.is_whole:
-                files.add_tasks(selection.source.tasks)
-                files.combine({k: v for k, v in selection.source.stats.items() if k not in COUNTING})
-            self._copy(selection, parts, files, bar)
-        files.write_info()
-        files.close()
+        try:
+            for selection, parts in zip(self._selections, self._statistics, strict=True):
+                # The statistics of a whole dataset stay, also where they are not those of its episodes combined.
+                if selection.is_whole:
+                    files.add_tasks(selection.source.tasks)
+                    files.combine({k: v for k, v in selection.source.stats.items() if k not in COUNTING})
+                self._copy(selection, parts, files, bar)
+            files.write_info()
+            files.close()
+        except BaseException:
+            files.abandon()
+            raise
 
     def _copy(
         self, selection: Selection, parts: EpisodeStatistics, files: DatasetFiles, bar: tqdm.tqdm
@@ -194,9 +204,8 @@ def _write(
     copies: Mapping[str, EpisodeCopy], output: Path, description: str
 ) -> dict[str, LeRobotDatasetMetadata]:
     """Write datasets into folders of `output`, by name; the name "" is `output` itself."""
-    for root in {source.root.resolve() for each in copies.values() for source in each.sources}:
-        if root in output.resolve().parents:
-            raise InputError(f"{output}: lies inside {root}, which is not to be changed")
+    for root in {source.root for each in copies.values() for source in each.sources}:
+        check_outside(root, output)
     num_episodes = sum(each.num_episodes for each in copies.values())
     written = {}
     with (

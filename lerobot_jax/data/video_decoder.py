@@ -28,6 +28,8 @@ from lerobot_jax.data import video
 from lerobot_jax.errors import InputError
 
 NUM_THREADS = os.cpu_count() or 1
+# Stock LeRobot 0.6.1 wants PyAV 15, which converts to RGB in one thread anyway.
+ONE_THREAD: Any = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 MAX_OPEN = 64  # decoders that wait for their next use; each holds a file and some pictures
 
 
@@ -69,7 +71,7 @@ def index_video(path: Path) -> VideoIndex:
     """List the frames of a video without decoding any; raise `InputError` when it is damaged or has none."""
     with video.open_video(path) as container:
         stream = container.streams.video[0]
-        entries = stream.index_entries
+        entries = getattr(stream, "index_entries", ())  # PyAV 15 has none
         try:
             # A frame of AV1 is shown when it is decoded, so mp4's own table tells all, without reading the file.
             if stream.codec.canonical_name == "av1" and len(entries) == stream.frames:
@@ -197,7 +199,7 @@ class _Decoder:
                 frame = self._decode_to(i)
             except av.error.FFmpegError as error:
                 raise InputError(f"{self.source.path}: damaged or incomplete video file ({error})") from None
-            rgb: Any = self._reformatter.reformat(frame, format="rgb24", threads=1)
+            rgb: Any = self._reformatter.reformat(frame, format="rgb24", **ONE_THREAD)
             strides = (rgb.planes[0].line_size, 3, 1)
             self._picture = np.ndarray((rgb.height, rgb.width, 3), np.uint8, rgb.planes[0], 0, strides)
         return self._picture
