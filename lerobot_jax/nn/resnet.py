@@ -1,21 +1,24 @@
-"""torchvision's ResNets with frozen batch norms, up to the last feature map; channel-last.
+"""torchvision's ResNets up to the last feature map; channel-last.
 
-Mirrors `torchvision.models.resnet` with `norm_layer=FrozenBatchNorm2d`, cut by `IntermediateLayerGetter` at
-`layer4`. Besides torchvision's names, `resnet18w4` means a ResNet-18 whose first stage is 4 channels wide
-instead of 64.
+Mirrors `torchvision.models.resnet`, either cut by `IntermediateLayerGetter` at `layer4` (ACT), or as
+`nn.Sequential(*children[:-2])` (Diffusion Policy, VQ-BeT), whose layers have numbers for names. Besides
+torchvision's names, `resnet18w4` means a ResNet-18 whose first stage is 4 channels wide instead of 64.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import initializers
-from lerobot_jax.nn.variables import Buffer
+from lerobot_jax.nn.norms import FrozenBatchNorm2d
+
+# Channels -> a norm, called with the feature map and whether the policy is in training.
+MakeNorm = Callable[[int], Any]
 
 
 class ResNetSpec(NamedTuple):
@@ -56,22 +59,6 @@ def parse_resnet(name: str) -> ResNetSpec:
     return ResNetSpec(bottleneck, num_blocks, int(match[2] or 64))
 
 
-class FrozenBatchNorm2d(nnx.Module):
-    """Batch norm with fixed statistics and fixed affine parameters (torchvision.ops.FrozenBatchNorm2d)."""
-
-    def __init__(self, features: int):
-        self.weight = Buffer(jnp.ones(features))
-        self.bias = Buffer(jnp.zeros(features))
-        self.running_mean = Buffer(jnp.zeros(features))
-        self.running_var = Buffer(jnp.ones(features))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + 1e-5)
-        bias = self.bias[...] - self.running_mean[...] * scale
-        scale, bias = (einops.rearrange(v.astype(x.dtype), "c -> 1 1 1 c") for v in (scale, bias))
-        return x * scale + bias
-
-
 def _conv(
     in_channels: int,
     out_channels: int,
@@ -100,72 +87,107 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, dilation: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        *,
+        norm: MakeNorm,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.conv1 = _conv(in_channels, width, 3, stride=stride, dtype=dtype, rngs=rngs)
-        self.bn1 = FrozenBatchNorm2d(width)
+        self.bn1 = norm(width)
         self.conv2 = _conv(width, width, 3, dtype=dtype, rngs=rngs)
-        self.bn2 = FrozenBatchNorm2d(width)
-        self.downsample = _downsample(in_channels, width, stride, dtype=dtype, rngs=rngs)
+        self.bn2 = norm(width)
+        self.downsample = _downsample(in_channels, width, stride, norm=norm, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return jax.nn.relu(y + _shortcut(self.downsample, x))
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        return jax.nn.relu(y + _shortcut(self.downsample, x, train))
 
 
 class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, dilation: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        *,
+        norm: MakeNorm,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.conv1 = _conv(in_channels, width, 1, dtype=dtype, rngs=rngs)
-        self.bn1 = FrozenBatchNorm2d(width)
+        self.bn1 = norm(width)
         self.conv2 = _conv(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
-        self.bn2 = FrozenBatchNorm2d(width)
+        self.bn2 = norm(width)
         self.conv3 = _conv(width, 4 * width, 1, dtype=dtype, rngs=rngs)
-        self.bn3 = FrozenBatchNorm2d(4 * width)
-        self.downsample = _downsample(in_channels, 4 * width, stride, dtype=dtype, rngs=rngs)
+        self.bn3 = norm(4 * width)
+        self.downsample = _downsample(in_channels, 4 * width, stride, norm=norm, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x)))
-        y = jax.nn.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return jax.nn.relu(y + _shortcut(self.downsample, x))
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn3(self.conv3(y), train)
+        return jax.nn.relu(y + _shortcut(self.downsample, x, train))
 
 
 def _downsample(
-    in_channels: int, out_channels: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    in_channels: int, out_channels: int, stride: int, *, norm: MakeNorm, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.List | None:
     if stride == 1 and in_channels == out_channels:
         return None
     conv = _conv(in_channels, out_channels, 1, stride=stride, dtype=dtype, rngs=rngs)
-    return nnx.List([conv, FrozenBatchNorm2d(out_channels)])
+    return nnx.List([conv, norm(out_channels)])
 
 
-def _shortcut(downsample: nnx.List | None, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-    for layer in downsample or []:
-        x = layer(x)
-    return x
+def _shortcut(
+    downsample: nnx.List | None, x: Float[Array, "b h w c"], train: bool
+) -> Float[Array, "b h2 w2 c2"]:
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    return norm(conv(x), train)
+
+
+NAMES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+NUMBERS = ("0", "1", "4", "5", "6", "7")  # 2 and 3 are the ReLU and the pooling, which have no weights
 
 
 class ResNet(nnx.Module):
     """The convolutional part of a ResNet: images in, feature map of stride 32 (16 when dilated) out."""
 
-    layer1: nnx.List
-    layer2: nnx.List
-    layer3: nnx.List
-    layer4: nnx.List
-
     def __init__(
-        self, name: str, *, dilate_last_stage: bool = False, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self,
+        name: str,
+        *,
+        norm: MakeNorm = FrozenBatchNorm2d,
+        names: tuple[str, ...] = NAMES,
+        dilate_last_stage: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
     ):
+        """Draw the weights.
+
+        Args:
+            name: such as `resnet18`.
+            norm: makes the norm of so many channels.
+            names: of its parts, `NAMES` or `NUMBERS`.
+            dilate_last_stage: keep the resolution in the last stage.
+            dtype: of the activations.
+            rngs: `params`.
+        """
         spec = parse_resnet(name)
         if dilate_last_stage and not spec.bottleneck:
             raise ValueError(f"{name} cannot be dilated: its blocks have no dilation; use resnet50 or larger")
         block = Bottleneck if spec.bottleneck else BasicBlock
-        self.conv1 = nnx.Conv(
+        conv1 = nnx.Conv(
             3,
             spec.width,
             (7, 7),
@@ -176,7 +198,7 @@ class ResNet(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.bn1 = FrozenBatchNorm2d(spec.width)
+        parts: list[Any] = [conv1, norm(spec.width)]
         channels = spec.width
         for stage, num_blocks in enumerate(spec.num_blocks):
             width = spec.width * 2**stage
@@ -187,18 +209,28 @@ class ResNet(nnx.Module):
             for i in range(num_blocks):
                 first = i == 0
                 strides = (stride, 1) if first else (1, dilation)
-                blocks.append(block(channels, width, *strides, dtype=dtype, rngs=rngs))
+                blocks.append(block(channels, width, *strides, norm=norm, dtype=dtype, rngs=rngs))
                 channels = width * block.expansion
-            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+            parts.append(nnx.List(blocks))
+        for part_name, part in zip(names, parts, strict=True):
+            setattr(self, part_name, part)
+        self.names = names
         self.out_channels = channels
 
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        x = jax.nn.relu(self.bn1(self.conv1(image)))
-        x = max_pool(x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+    def __call__(self, image: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b h2 w2 c"]:
+        conv1, bn1, *stages = (getattr(self, name) for name in self.names)
+        x = max_pool(jax.nn.relu(bn1(conv1(image), train)))
+        for stage in stages:
             for block in stage:
-                x = block(x)
+                x = block(x, train)
         return x
+
+
+def feature_map_size(height: int, width: int) -> tuple[int, int]:
+    """Give the height and width of the feature map of an image."""
+    for _ in range(5):  # each halving rounds up
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
