@@ -171,6 +171,14 @@ def _half_cosine(progress):
 
 
 def update_ema(ema: Tree, new: Tree, step, decay: float) -> Tree:
-    """Move the average towards the new values; it follows fast at first: decay is at most (1 + n) / (10 + n)."""
+    """Move the average towards the new values; it follows fast at first: decay is at most (1 + n) / (10 + n).
+
+    Whole numbers, which are counts, are those of the new values.
+    """
     rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, value: old + (value - old) * rate.astype(old.dtype), ema, new)
+
+    def move(old: jax.Array, value: jax.Array) -> jax.Array:
+        is_count = not jnp.issubdtype(old.dtype, jnp.floating)
+        return value if is_count else old + (value - old) * rate.astype(old.dtype)
+
+    return jax.tree.map(move, ema, new)

@@ -1,4 +1,4 @@
-"""From a policy that predicts chunks to one action a step: action queue and temporal ensembling.
+"""From a policy that predicts chunks to one action a step: observation history, action queue, temporal ensembling.
 
 Host-side objects beside the policies. Mirrors `lerobot.policies.act.modeling_act` (`select_action`,
 `ACTTemporalEnsembler`), with one difference, on purpose: a whole chunk becomes actions in the environment's units,
@@ -86,6 +86,7 @@ class Runner:
         self.load(policy.params, policy.buffers)
         self._predict = jax.jit(self._predict_chunk)
         self._execution = [self._new_execution() for _ in range(batch_size)]
+        self._history = [self._new_history() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
 
@@ -97,6 +98,7 @@ class Runner:
         """Forget the past of one slot (None: of all) because an episode begins; its number seeds the noise."""
         for i in range(len(self._execution)) if slot is None else [slot]:
             self._execution[i] = self._new_execution()
+            self._history[i] = self._new_history()
             self._episode[i] = i if episode is None else episode
             self._step[i] = 0
 
@@ -117,11 +119,11 @@ class Runner:
         inputs = self._inputs(observation)
         wanted = range(len(self._execution)) if slots is None else slots
         chunks = {}
-        rows = {i: {key: value[i : i + 1] for key, value in inputs.items()} for i in wanted}
         for i in wanted:
+            self._history[i].append({key: value[i : i + 1] for key, value in inputs.items()})
             if self._execution[i].needs_chunk():
                 chunks[i] = self._predict(
-                    *self._arrays, rows[i], self._seed_key, self._episode[i], self._step[i]
+                    *self._arrays, self._seen(i), self._seed_key, self._episode[i], self._step[i]
                 )
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(np.asarray(chunk)[0])
@@ -136,6 +138,27 @@ class Runner:
         chunk = self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
         return self.policy.postprocess(chunk, observation)
 
+    def _seen(self, slot: int) -> dict[str, np.ndarray]:
+        """Give what the policy sees of an episode: the last steps, with a time axis if the policy wants one.
+
+        Before the first step, everything was as it was then.
+        """
+        history, config = list(self._history[slot]), self.policy.config
+        if config.observation_delta_indices is None:
+            return history[-1]
+        steps = history[:1] * (config.n_obs_steps - len(history)) + history
+        keys = {self._outside(name) for name in config.input_features}
+        past = {key: np.stack([step[key] for step in steps], axis=1) for key in keys}
+        return history[-1] | past
+
+    def _outside(self, name: str) -> str:
+        """Give an input's name among the raw observations."""
+        renamed = self.policy.preprocessor.rename_map
+        return next((old for old, new in renamed.items() if new == name), name)
+
+    def _new_history(self) -> deque[dict[str, np.ndarray]]:
+        return deque(maxlen=self.policy.config.n_obs_steps)
+
     def _new_execution(self) -> ActionQueue | TemporalEnsembler:
         config: Any = self.policy.config
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
@@ -144,9 +167,8 @@ class Runner:
 
     def _inputs(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
         inputs = {}
-        original = {new: old for old, new in self.policy.preprocessor.rename_map.items()}
         for name, feature in self.policy.config.input_features.items():
-            key = original.get(name, name)
+            key = self._outside(name)
             if key not in observation:
                 raise InputError(f"the policy needs '{key}', the observation has {sorted(observation)}")
             value = np.asarray(observation[key])

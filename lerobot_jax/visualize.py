@@ -173,10 +173,12 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
     observation = {key: batch[key] for key in policy.config.input_features}
     predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))
     dims = batch[ACTION].shape[-1]
+    trained, sampled = policy.config.action_delta_indices, policy.config.sampled_delta_indices
+    steps = np.isin(trained or [0], sampled or [0])
     return {
-        "recorded": batch[ACTION],
-        "predicted": np.asarray(predicted)[:, : batch[ACTION].shape[1]],
-        "is_pad": batch[f"{ACTION}_is_pad"],
+        "recorded": batch[ACTION][:, steps],
+        "predicted": np.asarray(predicted),
+        "is_pad": batch[f"{ACTION}_is_pad"][:, steps],
         "labels": [
             f"episode {e}, frame {f}"
             for e, f in zip(batch["episode_index"], batch["frame_index"], strict=True)

@@ -8,6 +8,7 @@ import pytest
 from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.policies.diffusion import DiffusionConfig
 from lerobot_jax.processors import ActionTarget, default_pipelines
 from lerobot_jax.processors.actions import Representation
 from lerobot_jax.processors.steps import RenameObservations
@@ -101,6 +102,33 @@ def test_idle_slots_cost_nothing(policy: FunctionalPolicy):
     actions = runner.select_action(observations(2), slots=[1])
     np.testing.assert_array_equal(actions[0], 0)
     assert np.any(actions[1] != 0)
+
+
+def test_the_policy_sees_the_last_steps_of_its_own_episode():
+    """Before the first step, everything was as it was then; idle steps and other episodes leave no trace."""
+    config = DiffusionConfig.tiny()
+    ones = {"min": -np.ones(3, np.float32), "max": np.ones(3, np.float32)}
+    stats = {"observation.state": ones, "action": {name: value[:2] for name, value in ones.items()}}
+    stats["observation.images.top"] = {"mean": np.zeros((3, 1, 1)), "std": np.ones((3, 1, 1))}
+    policy = make_policy(config, stats)
+    params, buffers = policy.init(jax.random.key(0))
+    runner = policy.replace(params=params, buffers=buffers).make_runner(2, seed=5)
+    seen = [observations(2, seed=t) for t in range(config.n_action_steps + 1)]
+    actions = [runner.select_action(rows)[1] for rows in seen]
+
+    def predict(past: dict, now: dict, episode: int, step: int) -> np.ndarray:
+        window = {key: np.stack([past[key], now[key]], axis=1)[1:] for key in now}
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), episode), step)
+        chunk = jax.jit(policy.sample_actions)(params, buffers, policy.preprocess(window), key)
+        return np.asarray(policy.postprocess(chunk))[0]
+
+    np.testing.assert_allclose(actions[:-1], predict(seen[0], seen[0], 1, 0), rtol=1e-4, atol=1e-5)
+    expected = predict(seen[-2], seen[-1], 1, config.n_action_steps)
+    np.testing.assert_allclose(actions[-1], expected[0], rtol=1e-4, atol=1e-5)
+
+    runner.reset(1, episode=7)
+    again = runner.select_action(seen[2], slots=[1])[1]
+    np.testing.assert_allclose(again, predict(seen[2], seen[2], 7, 0)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_names_outside_may_differ(policy: FunctionalPolicy):

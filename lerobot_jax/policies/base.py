@@ -37,10 +37,11 @@ Tree = dict[str, Any]
 class PretrainedPart(NamedTuple):
     """A part of a policy that starts from the weights of another model."""
 
-    path: tuple[str, ...]  # attribute names from the policy down to the part
+    path: tuple[str | int, ...]  # names and list positions from the policy down to the part
     source: str  # a safetensors file, or a model on the Hub that has one
     ignore: str  # regular expression of the keys in it that the part does not have
     advice: str  # what to do when it cannot be found
+    names: Mapping[str, str] = {}  # first words of the source's keys -> in the part, where they differ
 
 
 class Policy(nnx.Module):
@@ -210,6 +211,12 @@ def make_policy(
         )
     if target_stats is not None:
         stats = {**stats, ACTION: target_stats}
+    is_by_step = config.action_target.representation == "delta" or config.action_target.statistics_per_step
+    if is_by_step and config.sampled_delta_indices != config.action_delta_indices:
+        raise InputError(
+            f"action_target: a {config.type} policy gives only a part of the actions that it is trained on, so "
+            "there can be no deltas and no statistics for each step; use absolute or relative actions"
+        )
     device = config.device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
     config = dataclasses.replace(config, device=device)
     pre, post = processors.default_pipelines(
@@ -233,13 +240,29 @@ def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree)
             source = hub.fetch(part.source, "model", [MODEL_NAME], advice=part.advice) / MODEL_NAME
         module: Any = policy.module
         for name in part.path:
-            module = getattr(module, name)
-        loaded = torch_state.from_torch(module, state_dict.read(source), ignore=part.ignore)
-        for tree, new in zip((params, buffers), loaded, strict=True):
+            module = module[name] if isinstance(name, int) else getattr(module, name)
+        weights = _in_words_of(part, module, state_dict.read(source))
+        for tree, new in zip(
+            (params, buffers), torch_state.from_torch(module, weights, ignore=part.ignore), strict=True
+        ):
+            around: Any = tree
             for name in part.path[:-1]:
-                tree = tree[name]
-            tree[part.path[-1]] = new
+                around = around[name]
+            around[part.path[-1]] = new
     return params, buffers
+
+
+def _in_words_of(part: PretrainedPart, module: nnx.Module, weights: StateDict) -> StateDict:
+    """Name weights as the part does; batch counts, which PyTorch did not always keep, begin at 0."""
+    names = {}
+    for key in weights:
+        first, dot, rest = key.partition(".")
+        names[key] = part.names.get(first, first) + dot + rest
+    weights = weights.renamed(names)
+    keys = [entry.keys[0] for entry in torch_state.entries(module)]
+    counts = [key for key in keys if key.endswith("num_batches_tracked") and key not in weights]
+    zeros = StateDict.of(dict.fromkeys(counts, np.zeros((), np.int64)))
+    return StateDict(weights.tensors | zeros.tensors, weights.metadata, weights.source)
 
 
 def load_policy(
@@ -289,6 +312,10 @@ def _read_folder(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, 
 def _assemble(
     folder: Path, config: PolicyConfig, pre: processors.Pipeline, post: processors.Pipeline
 ) -> FunctionalPolicy:
+    try:
+        config.check_features()
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_NAME}: {error}") from None
     _check_normalized(config, pre, post, folder)
     return FunctionalPolicy(config, _graphdef(config), pre, post)
 

@@ -83,6 +83,11 @@ class PolicyConfig(abc.ABC):
     def action_delta_indices(self) -> list[int] | None: ...
 
     @property
+    def sampled_delta_indices(self) -> list[int] | None:
+        """Which actions `sample_actions` gives, as offsets in frames: by default, all that it is trained on."""
+        return self.action_delta_indices
+
+    @property
     def reward_delta_indices(self) -> list[int] | None:
         return None
 
