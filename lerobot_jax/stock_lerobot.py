@@ -39,11 +39,21 @@ def main(folder: str, certificate: str, out: str) -> None:
         observation["task"] = json.loads(metadata["task"])
     noise = {key.removeprefix("noise/"): value for key, value in given.items() if key.startswith("noise/")}
     batch = preprocess(observation)
+    play_back(noise.pop("step_noise", torch.empty(0)))
     with torch.inference_mode():
         chunk = policy.predict_action_chunk(batch, **noise)
     found = {f"preprocessed/{key}": batch[key] for key in config.input_features}
     found |= {"chunk": chunk, "action": postprocess(chunk)}
     save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, Path(out))
+
+
+def play_back(step_noise: torch.Tensor) -> None:
+    """Let the steps of diffusers' DDPM add this noise, a tensor a step, in the place of their own."""
+    if len(step_noise):
+        from diffusers.schedulers import scheduling_ddpm
+
+        remaining = iter(step_noise)
+        scheduling_ddpm.randn_tensor = lambda *args, **kwargs: next(remaining)
 
 
 def to_lerobot(value: torch.Tensor) -> torch.Tensor:

@@ -18,18 +18,44 @@ import pytest
 from flax import nnx
 
 from lerobot_jax import optim, state_dict, torch_state
+from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy, policy_class
+from lerobot_jax.rollout import Runner
 from tests.goldens import ROOT, Golden
 
-# The names of a policy's draws, in the order in which LeRobot draws them.
-DRAWS = {"act": ["noise"]}
+
+def act_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip(["noise"], recorded, strict=False))
+
+
+def diffusion_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
+    if recorded[-1].dtype == np.int64:  # a loss
+        *crops, noise, timestep = recorded
+        given = {"noise": noise, "timestep": timestep.astype(np.int32)}
+        return given | ({"crop": np.reshape(crops, (-1, 2)).astype(np.int32)} if crops else {})
+    noise, *steps = recorded
+    return {"noise": noise, "step_noise": np.reshape(steps, (-1, *noise.shape)).astype(np.float32)}
+
+
+# From what LeRobot draws, in its order, to a policy's named draws.
+DRAWS = {"act": act_draws, "diffusion": diffusion_draws}
 
 # Those that compile long and differ in settings only.
-SLOW = ("three_cameras_s0", "deep_raw_s0", "resnet34_te_s0", "dilated_te_s0")
+SLOW = {
+    "act": (
+        "three_cameras_s0",
+        "deep_raw_s0",
+        "resnet34_te_s0",
+        "dilated_te_s0",
+        "full_resnet18_s0",
+        "vae_minmax_s0",
+    ),
+    "diffusion": ("ddim_shared_s0", "ddpm_gn_s0"),
+}
 GOLDENS = [
-    pytest.param(path.parent, marks=[pytest.mark.slow] * (path.parent.name in SLOW))
+    pytest.param(path.parent, marks=[pytest.mark.slow] * (path.parent.name in SLOW[path.parent.parent.name]))
     for path in sorted(ROOT.glob("*/*/meta.json"))
 ]
 KEY = jax.random.key(0)
@@ -58,16 +84,26 @@ def load(golden: Golden, tmp_path: Path, with_dropout: bool = True) -> Functiona
 def initial_weights(path: Path) -> dict[str, np.ndarray]:
     """Give the weights by names and seed; constants, such as position tables, are those of a new policy here."""
     golden, config = Golden(path), load_config(path / "model")
-    module = policy_class(config.type)(config, rngs=nnx.Rngs(params=0))
-    arrays = (nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, Buffer))
-    new = torch_state.to_torch(module, *arrays)
-    return {name: new[name] for name in golden.meta["param_shapes"]} | golden.stored_or_initial_weights()
+
+    def new_state(kind: type[nnx.Variable]) -> dict[str, Any]:
+        module = policy_class(config.type)(config, rngs=nnx.Rngs(params=0))
+        return nnx.to_pure_dict(nnx.state(module, kind))
+
+    params = jax.eval_shape(functools.partial(new_state, nnx.Param))
+    params = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
+    buffers = compile_quickly(functools.partial(new_state, Buffer))()
+    module = nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
+    new = torch_state.to_torch(module, params, buffers)
+    given = golden.stored_or_initial_weights()
+    return {name: given[name] if name in given else new[name] for name in golden.meta["param_shapes"]}
 
 
-def draws(golden: Golden, case: str, step: int = 0) -> dict[str, Any]:
-    names = DRAWS[golden.meta["policy"]]
+def draws(golden: Golden, case: str, step: int = 0, num_steps: int = 1) -> dict[str, Any]:
+    """Give the draws of one of the steps of a case."""
     recorded = golden.draws(case)
-    return {name: jnp.asarray(x) for name, x in zip(names, recorded[step * len(names) :], strict=False)}
+    num = len(recorded) // num_steps
+    given = DRAWS[golden.meta["policy"]](recorded[step * num : (step + 1) * num])
+    return {name: jnp.asarray(x) for name, x in given.items()}
 
 
 def assert_close(golden: Golden, key: str, actual) -> None:
@@ -83,8 +119,9 @@ def packed(arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.n
     for i, name in enumerate(names):
         head = arrays[name].reshape(-1)[:8]
         heads[i, : len(head)] = head
-    norms = np.array([np.linalg.norm(arrays[name]) for name in names])
-    return {"norm": norms, "sum": np.array([arrays[name].sum() for name in names]), "head": heads}
+    doubles = [arrays[name].astype(np.float64) for name in names]
+    norms, sums = np.array([np.linalg.norm(x) for x in doubles]), np.array([x.sum() for x in doubles])
+    return {"norm": norms, "sum": sums, "head": heads}
 
 
 def test_preprocessing(golden: Golden, tmp_path: Path):
@@ -142,9 +179,34 @@ def test_chunk(golden: Golden, tmp_path: Path):
 def test_select_action_sequence(golden: Golden, tmp_path: Path):
     policy = load(golden, tmp_path)
     expected = golden.expected["select/post/action"]  # step b act
-    runner = policy.make_runner(batch_size=expected.shape[1])
+    runner = RecordedRunner(policy, expected.shape[1], golden)
     actions = [runner.select_action(golden.inputs(f"obs/{t}/")) for t in range(len(expected))]
     assert_close(golden, "select/post/action", np.stack(actions))
+
+
+class RecordedRunner(Runner):
+    """Takes what LeRobot drew for each chunk in the place of its own draws."""
+
+    def __init__(self, policy: FunctionalPolicy, batch_size: int, golden: Golden):
+        super().__init__(policy, batch_size)
+        num_drawn = len(golden.draws("select"))
+        if num_drawn == 0:
+            self._given = {}
+            return
+        num_chunks = num_drawn // len(golden.draws("chunk"))
+        chunks = [draws(golden, "select", i, num_chunks) for i in range(num_chunks)]
+        self._given = {name: jnp.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def _predict_chunk(self, params, buffers, observation, seed_key, episode, step):
+        chunk = step // self.policy.config.n_action_steps
+        axes = {"noise": 0, "step_noise": 1}  # of the samples
+        given = {
+            name: jax.lax.dynamic_slice_in_dim(x[chunk], episode, 1, axes[name])
+            for name, x in self._given.items()
+        }
+        inputs = self.policy.preprocess(observation)
+        actions = self.policy.sample_actions(params, buffers, inputs, seed_key, **given)
+        return self.policy.postprocess(actions, observation)
 
 
 def test_optimizer_steps(golden: Golden, tmp_path: Path):
@@ -164,8 +226,9 @@ def test_optimizer_steps(golden: Golden, tmp_path: Path):
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), buffers, opt_state, loss, optax.tree.norm(gradients)
 
-    for step in range(len(golden.expected["train_steps/loss"])):
-        given = draws(golden, "train_steps", step)
+    num_steps = len(golden.expected["train_steps/loss"])
+    for step in range(num_steps):
+        given = draws(golden, "train_steps", step, num_steps)
         params, buffers, opt_state, loss, norm = train_step(params, buffers, opt_state, given)
         losses.append(loss)
         norms.append(norm)
@@ -179,6 +242,8 @@ def test_optimizer_steps(golden: Golden, tmp_path: Path):
 
 def test_learning_rates(golden: Golden, tmp_path: Path):
     """The recorded rates are those of LeRobot's parameter groups, in their order."""
-    config = load(golden, tmp_path).config
-    rates = [optim.optimizer_settings(TrainConfig(policy=config))["lr"], *(g.lr for g in config.param_groups)]
-    np.testing.assert_allclose(golden.expected["train_steps/lr"][0], rates)
+    config = TrainConfig(policy=load(golden, tmp_path).config, steps=10)
+    rates = [optim.optimizer_settings(config)["lr"], *(group.lr for group in config.policy.param_groups)]
+    factor = optim.make_schedule(config)
+    for step, expected in enumerate(golden.expected["train_steps/lr"]):
+        np.testing.assert_allclose(expected, [rate * factor(step) for rate in rates], rtol=1e-6)

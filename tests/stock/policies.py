@@ -2,25 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from lerobot_jax.features import FeatureType, PolicyFeature
-from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.policies.config import PolicyConfig
 
 
 def new_policy(
-    config: ACTConfig, action: int, stats: Mapping[str, Mapping[str, np.ndarray]] | None = None
+    config: PolicyConfig, action: int, stats: Mapping[str, Mapping[str, np.ndarray]] | None = None
 ) -> FunctionalPolicy:
     """Initialize a policy whose action has so many dimensions; statistics that are not given are random."""
-    config = dataclasses.replace(
-        config,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (action,))},
-        pretrained_backbone_weights=None,
-        device="cpu",
-    )
+    changes: dict[str, Any] = {"pretrained_backbone_weights": None, "device": "cpu"}
+    changes["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (action,))}
+    config = dataclasses.replace(config, **changes)
     rng = np.random.default_rng(1)
     drawn = {}
     for key, feature in {**config.input_features, **config.output_features}.items():

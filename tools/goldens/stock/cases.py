@@ -134,7 +134,8 @@ def _summarize(tensors: list[Tensor]) -> dict[str, Tensor]:
         entries = tensor.flatten()[:HEAD]
         row[: len(entries)] = entries
     return {
-        "norm": torch.stack([tensor.norm() for tensor in tensors]),
-        "sum": torch.stack([tensor.sum() for tensor in tensors]),
+        # In float64: float32 sums of a million entries are off by 1e-4.
+        "norm": torch.stack([tensor.double().norm() for tensor in tensors]),
+        "sum": torch.stack([tensor.double().sum() for tensor in tensors]),
         "head": heads,
     }

@@ -16,7 +16,12 @@ from .. import Variant
 from .drawing import Arrays, draw_statistics, set_weights, to_tensors
 
 FEATURE_TYPES = {"action": "ACTION", "observation.state": "STATE", "observation.environment_state": "ENV"}
-RESNETS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3])}
+RESNETS = {
+    10: (BasicBlock, [1, 1, 1, 1]),
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+}
 
 
 @dataclass
