@@ -1,9 +1,11 @@
-"""Time a train step of ACT on Push-T against stock LeRobot's on the same machine.
+"""Time a train step of a policy on Push-T against stock LeRobot's on the same machine.
 
     python benchmarks/train_step.py --lerobot_python=/path/to/lerobot/bin/python
+    python benchmarks/train_step.py --lerobot_python=/path/to/lerobot/bin/python --policy=diffusion
 
-LeRobot's default sizes, one 96x96 camera, batch 8. A step is normalization, forward, backward, clipping and AdamW,
-from a batch in host memory. Each side has a process of its own; they take turns, so that both see the same machine.
+ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`; one 96x96
+camera, batch 8. A step is normalization, forward, backward, clipping and the optimizer, from a batch in host
+memory. Each side has a process of its own; they take turns, so that both see the same machine.
 """
 
 import argparse
@@ -18,17 +20,23 @@ from typing import Any
 import numpy as np
 
 SIDES = ("lerobot_jax", "lerobot")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "act": {},
+    "diffusion": {"horizon": 16, "n_action_steps": 8, "crop_shape": (84, 84), "use_group_norm": True},
+}
 
 
-def make_batches(batch_size: int, chunk_size: int) -> list[dict[str, np.ndarray]]:
-    """Draw two batches; images are uint8 `b h w c`."""
+def make_batches(batch_size: int, config: Any) -> list[dict[str, np.ndarray]]:
+    """Draw two batches; images are uint8 `b h w c`, behind a time axis if the policy wants one."""
     rng = np.random.default_rng(0)
+    past = () if config.observation_delta_indices is None else (len(config.observation_delta_indices),)
+    chunk = len(config.action_delta_indices)
     return [
         {
-            "observation.image": rng.integers(0, 256, (batch_size, 96, 96, 3), np.uint8),
-            "observation.state": rng.normal(size=(batch_size, 2)).astype(np.float32),
-            "action": rng.normal(size=(batch_size, chunk_size, 2)).astype(np.float32),
-            "action_is_pad": np.zeros((batch_size, chunk_size), bool),
+            "observation.image": rng.integers(0, 256, (batch_size, *past, 96, 96, 3), np.uint8),
+            "observation.state": rng.normal(size=(batch_size, *past, 2)).astype(np.float32),
+            "action": rng.normal(size=(batch_size, chunk, 2)).astype(np.float32),
+            "action_is_pad": np.zeros((batch_size, chunk), bool),
         }
         for _ in range(2)
     ]
@@ -36,13 +44,14 @@ def make_batches(batch_size: int, chunk_size: int) -> list[dict[str, np.ndarray]
 
 def statistics() -> dict[str, dict[str, np.ndarray]]:
     shapes = {"observation.image": (3, 1, 1), "observation.state": (2,), "action": (2,)}
+    numbers = {"mean": 0.0, "std": 1.0, "min": -3.0, "max": 3.0}
     return {
-        key: {"mean": np.zeros(shape, np.float32), "std": np.ones(shape, np.float32)}
+        key: {name: np.full(shape, number, np.float32) for name, number in numbers.items()}
         for key, shape in shapes.items()
     }
 
 
-def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], None]:
+def make_lerobot_jax_step(name: str, batch_size: int, **options: Any) -> Callable[[int], None]:
     """Give a function that runs some steps of ours."""
     import jax
     import jax.numpy as jnp
@@ -50,11 +59,11 @@ def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], No
     from lerobot_jax import optim
     from lerobot_jax.config import TrainConfig
     from lerobot_jax.features import FeatureType, PolicyFeature
-    from lerobot_jax.policies.act import ACTConfig
-    from lerobot_jax.policies.base import make_policy
+    from lerobot_jax.policies.base import config_class, make_policy
     from lerobot_jax.train import make_loss, make_train_step
 
-    config = ACTConfig(
+    new_config: Any = config_class(name)
+    config = new_config(
         input_features={
             "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
             "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
@@ -72,7 +81,7 @@ def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], No
     loss_fn = make_loss(policy, policy.preprocess, ["pusht"])
     train_step = jax.jit(make_train_step(loss_fn, optimizer, train_config), donate_argnums=0)
     key = jax.random.key(0)
-    batches = make_batches(batch_size, config.chunk_size)
+    batches = make_batches(batch_size, config)
 
     def run(steps: int) -> None:
         nonlocal state
@@ -83,16 +92,19 @@ def make_lerobot_jax_step(batch_size: int, **options: Any) -> Callable[[int], No
     return run
 
 
-def make_lerobot_step(batch_size: int, **options: Any) -> Callable[[int], None]:
+def make_lerobot_step(name: str, batch_size: int, **options: Any) -> Callable[[int], None]:
     """Give a function that runs some steps of stock LeRobot's, as its `update_policy` does."""
     import torch  # pyright: ignore[reportMissingImports]
     from lerobot.configs import FeatureType, PolicyFeature  # pyright: ignore[reportMissingImports]
-    from lerobot.policies.act.configuration_act import ACTConfig  # pyright: ignore[reportMissingImports]
-    from lerobot.policies.act.modeling_act import ACTPolicy  # pyright: ignore[reportMissingImports]
-    from lerobot.policies.factory import make_pre_post_processors  # pyright: ignore[reportMissingImports]
+    from lerobot.policies.factory import (  # pyright: ignore[reportMissingImports]
+        get_policy_class,
+        make_policy_config,
+        make_pre_post_processors,
+    )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = ACTConfig(
+    config = make_policy_config(
+        name,
         input_features={
             "observation.image": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 96, 96)),
             "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,)),
@@ -102,15 +114,15 @@ def make_lerobot_step(batch_size: int, **options: Any) -> Callable[[int], None]:
         device=device,
         **options,
     )
-    policy = ACTPolicy(config).to(device)
+    policy = get_policy_class(name)(config).to(device)
     policy.train()
     stats = {k: {n: torch.from_numpy(v) for n, v in s.items()} for k, s in statistics().items()}
     preprocess, _ = make_pre_post_processors(config, dataset_stats=stats)
     optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
     batches = []
-    for batch in make_batches(batch_size, config.chunk_size):
+    for batch in make_batches(batch_size, config):
         tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
-        tensors["observation.image"] = tensors["observation.image"].movedim(-1, 1).contiguous() / 255
+        tensors["observation.image"] = tensors["observation.image"].movedim(-1, -3).contiguous() / 255
         batches.append(tensors)
 
     def run(steps: int) -> None:
@@ -126,11 +138,13 @@ def make_lerobot_step(batch_size: int, **options: Any) -> Callable[[int], None]:
     return run
 
 
-def serve(side: str, batch_size: int, options: dict[str, Any]) -> None:
+def serve(side: str, name: str, batch_size: int, options: dict[str, Any]) -> None:
     """Read how many steps to run, write how long they took, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get between the answers
-    run = {"lerobot_jax": make_lerobot_jax_step, "lerobot": make_lerobot_step}[side](batch_size, **options)
+    make_step: Any = {"lerobot_jax": make_lerobot_jax_step, "lerobot": make_lerobot_step}[side]
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    run = make_step(name, batch_size, **(OPTIONS[name] | options))
     run(3)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -144,6 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lerobot_python", help="the Python of an environment with lerobot==0.6.1")
+    parser.add_argument("--policy", choices=OPTIONS, default="act", help="default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn (default: %(default)s)")
@@ -153,12 +168,16 @@ def main() -> None:
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.batch_size, args.options)
+        return serve(args.serve, args.policy, args.batch_size, args.options)
     if not args.lerobot_python:
         parser.error("--lerobot_python is needed: the Python of an environment with lerobot==0.6.1")
 
     pythons = {"lerobot_jax": sys.executable, "lerobot": args.lerobot_python}
-    arguments = [f"--batch_size={args.batch_size}", f"--options={json.dumps(args.options)}"]
+    arguments = [
+        f"--policy={args.policy}",
+        f"--batch_size={args.batch_size}",
+        f"--options={json.dumps(args.options)}",
+    ]
     processes = {}
     for side in SIDES:
         command = [pythons[side], __file__, f"--serve={side}", *arguments]
@@ -175,7 +194,8 @@ def main() -> None:
     for process in processes.values():
         process.communicate()
 
-    print(f"ACT train step, batch {args.batch_size}, one 96x96 camera, {args.options or 'default sizes'}")
+    sizes = OPTIONS[args.policy] | args.options or "default sizes"
+    print(f"{args.policy} train step, batch {args.batch_size}, one 96x96 camera, {sizes}")
     print(
         f"{'':12} {'min':>9} {'median':>9} {'max':>9}   ms a step, {args.rounds} turns of {args.steps} steps"
     )
