@@ -11,7 +11,7 @@ SMALL = {
     "n_obs_steps": 2,
     "horizon": 8,
     "n_action_steps": 4,
-    "down_dims": (16, 32),
+    "down_dims": [16, 32],
     "kernel_size": 3,
     "n_groups": 4,
     "diffusion_step_embed_dim": 16,
@@ -29,7 +29,7 @@ VARIANTS = {
         | {
             "vision_backbone": "resnet10w16",
             "use_group_norm": True,
-            "crop_shape": (40, 44),
+            "crop_shape": [40, 44],
             "num_inference_steps": 6,
         },
     ),
@@ -45,7 +45,7 @@ VARIANTS = {
         | {
             "n_obs_steps": 3,
             "n_action_steps": 3,
-            "resize_shape": (41, 37),
+            "resize_shape": [41, 37],
             "crop_ratio": 0.9,
             "noise_scheduler_type": "DDIM",
             "prediction_type": "sample",
@@ -63,7 +63,7 @@ VARIANTS = {
         settings=SMALL
         | {
             "use_separate_rgb_encoder_per_camera": False,
-            "crop_shape": (33, 40),
+            "crop_shape": [33, 40],
             "crop_is_random": False,
             "noise_scheduler_type": "DDIM",
             "beta_schedule": "scaled_linear",
@@ -81,7 +81,7 @@ VARIANTS = {
             "n_obs_steps": 1,
             "horizon": 16,
             "n_action_steps": 8,
-            "down_dims": (16, 24, 32),
+            "down_dims": [16, 24, 32],
             "n_groups": 8,
             "kernel_size": 5,
             "beta_schedule": "linear",
@@ -97,7 +97,7 @@ VARIANTS = {
         action=3,
         settings=SMALL
         | {
-            "down_dims": (24,),
+            "down_dims": [24],
             "horizon": 6,
             "n_action_steps": 5,
             "prediction_type": "sample",
@@ -116,7 +116,7 @@ VARIANTS = {
         | {
             "vision_backbone": "resnet18",
             "use_group_norm": True,
-            "crop_shape": (84, 84),
+            "crop_shape": [84, 84],
             "spatial_softmax_num_keypoints": 32,
             "horizon": 16,
             "n_action_steps": 8,

@@ -63,6 +63,7 @@ def _new_config(policy: str, shapes: Mapping[str, tuple[int, ...]], settings: di
         key: PolicyFeature(FeatureType(FEATURE_TYPES.get(key, "VISUAL")), shape)
         for key, shape in shapes.items()
     }
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     if "normalization_mapping" in settings:
         modes = settings["normalization_mapping"]
         settings["normalization_mapping"] = {key: NormalizationMode(mode) for key, mode in modes.items()}
