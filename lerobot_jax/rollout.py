@@ -120,7 +120,8 @@ class Runner:
         wanted = range(len(self._execution)) if slots is None else slots
         chunks = {}
         for i in wanted:
-            self._history[i].append({key: value[i : i + 1] for key, value in inputs.items()})
+            # Copies: environments and cameras may write the next observation into the same arrays.
+            self._history[i].append({key: value[i : i + 1].copy() for key, value in inputs.items()})
             if self._execution[i].needs_chunk():
                 chunks[i] = self._predict(
                     *self._arrays, self._seen(i), self._seed_key, self._episode[i], self._step[i]

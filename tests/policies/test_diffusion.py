@@ -136,7 +136,12 @@ def test_recomputing_blocks_changes_nothing():
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"use_group_norm": True, "pretrained_backbone_weights": "x"}, "group norm does not suit"),
         ({"use_group_norm": True}, "a multiple of 16 channels, not 4"),
-        ({"resize_shape": (8, 8), "crop_ratio": 0.01}, "leaves nothing of resize_shape"),
+        ({"resize_shape": (8, 8), "crop_shape": None, "crop_ratio": 0.01}, "leaves nothing of resize_shape"),
+        (
+            {"resize_shape": (32, 32)},
+            r"crop_shape \(28, 28\) has no effect with resize_shape; give crop_ratio",
+        ),
+        ({"optimizer_lr": -1.0}, "optimizer_lr must not be negative"),
         ({"crop_ratio": 0.0}, r"crop_ratio must be in \(0, 1\]"),
         ({"num_inference_steps": 11}, r"num_inference_steps must be in 1\.\.num_train_timesteps=10, not 11"),
         ({"vision_backbone": "vgg16"}, "vision_backbone must be one of resnet"),

@@ -143,13 +143,17 @@ class DiffusionConfig(PolicyConfig):
                 raise ValueError(f"{name} must be (height, width), not {shape}")
         if not 0 < self.crop_ratio <= 1:
             raise ValueError(f"crop_ratio must be in (0, 1], not {self.crop_ratio}")
+        if self.resize_shape is not None and self.crop_shape not in (None, self.crop_size):
+            raise ValueError(f"crop_shape {self.crop_shape} has no effect with resize_shape; give crop_ratio")
         if self.crop_size is not None and min(self.crop_size) < 1:
             raise ValueError(
                 f"crop_ratio {self.crop_ratio} leaves nothing of resize_shape {self.resize_shape}"
             )
         self.noise_schedule.timesteps(self.num_sampling_steps)
-        if self.drop_n_last_frames < 0:
-            raise ValueError(f"drop_n_last_frames must not be negative, it is {self.drop_n_last_frames}")
+        rates = ("optimizer_lr", "optimizer_eps", "optimizer_weight_decay")
+        for name in (*rates, "drop_n_last_frames", "scheduler_warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if self.scheduler_name not in ("cosine", "constant", "constant_with_warmup"):
             raise ValueError(
                 f"scheduler_name must be cosine, constant or constant_with_warmup, not '{self.scheduler_name}'"
