@@ -28,17 +28,18 @@ lint: install
 # minutes), or one that you have and name by LEROBOT_PYTHON=.../bin/python.
 LEROBOT_ENV ?= $(HOME)/.cache/lerobot_jax/lerobot-0.6.1
 LEROBOT_PYTHON ?= $(LEROBOT_ENV)/bin/python
-LEROBOT := lerobot[dataset,training,evaluation,diffusion,pusht,feetech]==0.6.1
+LEROBOT := lerobot[dataset,training,evaluation,diffusion,multi-task-dit,pusht,feetech]==0.6.1
 # pyenv's python3.12 is there but does not run where another version is chosen.
 PYTHON312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null \
 	|| ls $$(pyenv prefix $$(pyenv latest 3.12 2>/dev/null) 2>/dev/null)/bin/python3.12 2>/dev/null)
 BUILDING := $(LEROBOT_ENV).building
 INSTALLED := $(LEROBOT_ENV)/pyproject.toml
+WANTED = { echo '\# $(LEROBOT)'; cat pyproject.toml; }
 
 lerobot: install lerobot-env
 	LEROBOT_PYTHON=$(LEROBOT_PYTHON) $(BIN)/python -m pytest -m lerobot -n 2 $(ARGS)
 
-# A copy of pyproject.toml, written last, tells that the environment is whole and has what this package needs.
+# pyproject.toml headed by what was asked for, written last, tells that the environment is whole and has what this package needs now.
 lerobot-env:
 ifeq ($(LEROBOT_PYTHON),$(LEROBOT_ENV)/bin/python)
 	@test -e $(INSTALLED) -o -e $(BUILDING) -o ! -e $(LEROBOT_ENV) || { echo \
@@ -47,7 +48,7 @@ ifeq ($(LEROBOT_PYTHON),$(LEROBOT_ENV)/bin/python)
 	"stock LeRobot needs Python 3.12: install python3.12 (with venv), or name it by PYTHON312=..."; exit 1; }
 	@test -e $(INSTALLED) || { mkdir -p $(dir $(LEROBOT_ENV)) && touch $(BUILDING) && rm -rf $(LEROBOT_ENV) \
 	&& $(PYTHON312) -m venv $(LEROBOT_ENV); }
-	@cmp -s pyproject.toml $(INSTALLED) || { echo "installing $(LEROBOT) into $(LEROBOT_ENV)" \
-	&& $(LEROBOT_PYTHON) -m pip install --quiet '$(LEROBOT)' --editable . && cp pyproject.toml $(INSTALLED); }
+	@$(WANTED) | cmp -s - $(INSTALLED) || { echo "installing $(LEROBOT) into $(LEROBOT_ENV)" \
+	&& $(LEROBOT_PYTHON) -m pip install --quiet '$(LEROBOT)' --editable . && $(WANTED) > $(INSTALLED); }
 	@rm -f $(BUILDING)
 endif
