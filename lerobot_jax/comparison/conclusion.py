@@ -113,6 +113,8 @@ def _rank(measure: Measure, num_episodes: int) -> str:
 
 def _lead(measure: Measure, pair: Mapping[str, Any], best: str, other: str) -> str:
     """Tell the difference between two policies, with its interval."""
+    if not any(pair["interval"]):
+        return "They reach the same in every episode"
     sign = measure.scale if pair["a"] == best else -measure.scale
     numbers = sorted(sign * number for number in (pair["difference"], *pair["interval"]))
     low, difference, high = (measure.difference.format(number) for number in numbers)
