@@ -61,10 +61,9 @@ class Episode:
     success: bool = False
     steps_to_success: int | None = None
     best_info: dict[str, float] = dataclasses.field(default_factory=dict)
-    commands: list[np.ndarray] = dataclasses.field(default_factory=list)  # the actions
-    positions: list[np.ndarray] = dataclasses.field(
-        default_factory=list
-    )  # of the agent: first, after each step
+    # The actions, and where the agent was: at first and after each of them.
+    commands: list[np.ndarray] = dataclasses.field(default_factory=list)
+    positions: list[np.ndarray] = dataclasses.field(default_factory=list)
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
     video_path: str | None = None
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -20,7 +19,6 @@ _LARGEST_MAP = 60  # episodes for which the map's columns are labelled one by on
 
 def draw(results: Results, path: Path) -> None:
     """Draw the figure."""
-    mpl.use("agg")
     num_rows, num_pairs = len(results["policies"]), len(results["success_differences"])
     row = 0.5 + 0.42 * max(num_rows, num_pairs, 2)
     figure = Figure(figsize=(14, 2 * row + 2.4 + 0.32 * num_rows), layout="constrained")
