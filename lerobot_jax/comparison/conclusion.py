@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 Results = Mapping[str, Any]
 
 _MARGIN = 0.05  # to within which a difference should be known
+_AS_FAST = 1.25  # times as long still counts as equally fast
 
 
 class Measure(NamedTuple):
@@ -125,13 +126,20 @@ def _lead(measure: Measure, pair: Mapping[str, Any], best: str, other: str) -> s
 def _compare_speed(results: Results) -> str:
     """Say who acts fastest, and who takes longer than a step lasts."""
     own = {x["name"]: x for x in results["latency"] if x["is_configured"]}
-    fastest, *others = sorted(own, key=lambda name: own[name]["p50_ms"])
-    least = own[fastest]["p50_ms"]
-    factors = [f"{own[name]['p50_ms'] / least:.2g} times as long for {name}" for name in others]
-    chunk = f"{least:.2g} ms for a chunk on {results['machine']} (median)"
-    sentence = f"**{fastest} acts fastest**: {chunk}, {_listed(factors)}."
+    order = sorted(own, key=lambda name: own[name]["p50_ms"])
+    least = own[order[0]]["p50_ms"]
+    fastest = [name for name in order if own[name]["p50_ms"] <= _AS_FAST * least]
+    others = order[len(fastest) :]
+    times = " to ".join(dict.fromkeys(f"{own[name]['p50_ms']:.2g}" for name in (fastest[0], fastest[-1])))
+    chunk = f"{times} ms for a chunk on {results['machine']} (median)"
+    if others:
+        factors = [f"{own[name]['p50_ms'] / least:.2g} times as long for {name}" for name in others]
+        verb = "acts" if len(fastest) == 1 else "act"
+        sentence = f"**{_listed(fastest)} {verb} fastest**: {chunk}, {_listed(factors)}."
+    else:
+        sentence = f"**{_listed(fastest)} act about equally fast**: {chunk}."
     step_ms = 1000 / results["fps"]
-    late = [name for name in own if own[name]["p99_ms"] > step_ms]
+    late = [name for name in order if own[name]["p99_ms"] > step_ms]
     if late:
         sentence += f" Sometimes it takes {_listed(late)} longer than a step lasts ({step_ms:.0f} ms)."
     return sentence

@@ -1,5 +1,6 @@
 """compare.png: rates and scores with their intervals, differences of pairs, speed, and every single episode."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _draw_success(ax: Axes, results: Results) -> None:
             f"{100 * rate:.0f} %", (100 * rate, y), (0, 7), textcoords="offset points", ha="center", size=9
         )
     _style(ax, f"success in {results['n_episodes']} episodes, %")
-    _label_rows(ax, [policy["name"] for policy in results["policies"]])
+    _label_rows(ax, [policy["name"] for policy in results["policies"]], _COLORS)
     ax.set_xlim(-4, 104)
 
 
@@ -61,7 +62,7 @@ def _draw_scores(ax: Axes, results: Results) -> None:
         _point(ax, y, mean, low, high, color)
         ax.annotate(f"{mean:.2f}", (mean, y), (0, 7), textcoords="offset points", ha="center", size=9)
     _style(ax, f"max {results['score']} of an episode, and its mean")
-    _label_rows(ax, [policy["name"] for policy in results["policies"]])
+    _label_rows(ax, [policy["name"] for policy in results["policies"]], _COLORS)
 
 
 def _draw_differences(ax: Axes, pairs: Sequence[Mapping[str, Any]], title: str, scale: float) -> None:
@@ -72,7 +73,7 @@ def _draw_differences(ax: Axes, pairs: Sequence[Mapping[str, Any]], title: str, 
         color = _GRAY if pair["better"] is None else "#222222"
         _point(ax, y, scale * pair["difference"], scale * low, scale * high, color)
     _style(ax, f"difference in {title} (gray: cannot tell)")
-    _label_rows(ax, [f"{pair['a']}\nminus {pair['b']}" for pair in pairs])
+    _label_rows(ax, [f"{pair['a']}\nminus {pair['b']}" for pair in pairs], ["#222222"])
     largest = 1.1 * max(abs(x) for x in ax.get_xlim())
     ax.set_xlim(-largest, largest)
 
@@ -95,9 +96,9 @@ def _draw_latency(ax: Axes, results: Results) -> None:
         ax.set_axis_off()
         return
     order = [policy["name"] for policy in results["policies"]]
+    colors = [_COLORS[order.index(x["name"]) % len(_COLORS)] for x in results["latency"]]
     labels = []
-    for y, x in enumerate(results["latency"]):
-        color = _COLORS[order.index(x["name"]) % len(_COLORS)]
+    for y, (x, color) in enumerate(zip(results["latency"], colors, strict=True)):
         face = color if x["is_configured"] else "white"
         ax.plot([x["p50_ms"], x["p99_ms"]], [y, y], color=color, lw=2, alpha=0.6)
         ax.plot(x["p50_ms"], y, "o", ms=7, color=color, markerfacecolor=face)
@@ -107,7 +108,7 @@ def _draw_latency(ax: Axes, results: Results) -> None:
     _style(ax, "ms for a chunk, p50 to p99 (dotted: a step)")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
-    _label_rows(ax, labels)
+    _label_rows(ax, labels, colors)
 
 
 def _draw_episodes(figure: Figure, ax: Axes, results: Results) -> None:
@@ -150,8 +151,10 @@ def _point(ax: Axes, y: float, value: float, low: float, high: float, color: str
     ax.plot(value, y, "o", ms=8, color=color, markeredgecolor="white")
 
 
-def _label_rows(ax: Axes, labels: Sequence[str]) -> None:
+def _label_rows(ax: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
     ax.set_yticks(range(len(labels)), labels, fontsize=9)
+    for text, color in zip(ax.get_yticklabels(), itertools.cycle(colors), strict=False):
+        text.set_color(color)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
 

@@ -101,6 +101,21 @@ def test_nobody_succeeds():
     )
 
 
+def test_who_is_about_as_fast_is_not_called_slower():
+    results = make_results(a=1, b=1, c=1)
+    for x, ms in zip(results["latency"], (2.2, 2.0, 5.0), strict=True):
+        x |= {"p50_ms": ms, "p99_ms": 9.0}
+    *_, speed, _ = conclude(results)
+    expected = (
+        "**b and a act fastest**: 2 to 2.2 ms for a chunk on 2 CPU cores (median), 2.5 times as long for c."
+    )
+    assert speed == expected
+    results["latency"][2]["p50_ms"] = 2.2
+    *_, speed, _ = conclude(results)
+    expected = "**b, a and c act about equally fast**: 2 to 2.2 ms for a chunk on 2 CPU cores (median)."
+    assert speed == expected
+
+
 def test_other_data_is_told():
     results = make_results(a=3, b=2)
     results["policies"][1]["datasets"] = ["user/one", "user/two"]
