@@ -71,6 +71,11 @@ def show_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
+def show_number(value: float) -> str:
+    """Show a positive number with at least two digits."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
+
+
 def show_count(n: int | None) -> str:
     """Show a number of episodes with the two digits that count."""
     if n is None:
@@ -130,10 +135,10 @@ def _compare_speed(results: Results) -> str:
     least = own[order[0]]["p50_ms"]
     fastest = [name for name in order if own[name]["p50_ms"] <= _AS_FAST * least]
     others = order[len(fastest) :]
-    times = " to ".join(dict.fromkeys(f"{own[name]['p50_ms']:.2g}" for name in (fastest[0], fastest[-1])))
+    times = " to ".join(dict.fromkeys(show_number(own[name]["p50_ms"]) for name in (fastest[0], fastest[-1])))
     chunk = f"{times} ms for a chunk on {results['machine']} (median)"
     if others:
-        factors = [f"{own[name]['p50_ms'] / least:.2g} times as long for {name}" for name in others]
+        factors = [f"{show_number(own[name]['p50_ms'] / least)} times as long for {name}" for name in others]
         verb = "acts" if len(fastest) == 1 else "act"
         sentence = f"**{_listed(fastest)} {verb} fastest**: {chunk}, {_listed(factors)}."
     else:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lerobot_jax.comparison.conclusion import show_count, show_p
+from lerobot_jax.comparison.conclusion import show_count, show_number, show_p
+from lerobot_jax.comparison.results import AVERAGED
 from lerobot_jax.comparison.statistics import HALF_WIDTHS, SIGNIFICANCE
 
 Results = Mapping[str, Any]
@@ -28,11 +29,14 @@ _EXPLANATIONS = """\
   world.
 - **Acceleration**: root of the mean squared acceleration in an episode, averaged over the episodes: the
   smoother the smaller. Of the agent's positions, and of the commands, the policy's actions.
-- **Latency**: from an observation to the actions of a chunk, for one robot, after compilation, with pre- and
-  postprocessing. p50 is the median, p99 is exceeded once in 100 times. The policies took turns, {rounds} times. All
-  else on this page belongs to each policy's own number of denoising steps.
 - **Training time**: of all steps up to the checkpoint, with waiting for data; without compilation, evaluations and
   saving. From the run's metrics.jsonl; "n/a" without a run."""
+
+
+_LATENCY = """\
+That is the time from an observation to the actions of a chunk, for one robot, after compilation, with pre- and
+postprocessing; p50 is the median, p99 is exceeded once in 100 times. The policies took turns, {rounds} times. All
+else on this page belongs to each policy's own number of denoising steps."""
 
 
 def write(results: Results, *, has_video: bool) -> str:
@@ -57,9 +61,7 @@ def write(results: Results, *, has_video: bool) -> str:
         "## Size and training",
         _training_table(policies),
         "## How to read this",
-        _EXPLANATIONS.format(
-            score=results["score"], level=SIGNIFICANCE, rounds=results["latency_rounds"] or "no"
-        ),
+        _EXPLANATIONS.format(score=results["score"], level=SIGNIFICANCE),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -83,15 +85,7 @@ def _policies_table(results: Results) -> str:
                 f"**{policy['name']}**",
                 f"{100 * success['rate']:.0f} % ({low:.0f} to {high:.0f})",
                 "{:.3f} ({:.3f} to {:.3f})".format(score["mean"], *score["interval"]),
-                *(
-                    _number(policy[name])
-                    for name in (
-                        "steps_to_success",
-                        "path_length",
-                        "agent_acceleration",
-                        "command_acceleration",
-                    )
-                ),
+                *(_number(policy[name]) for name in AVERAGED),
             )
         )
     return _table(head, rows)
@@ -157,14 +151,15 @@ def _latency_section(results: Results) -> list[str]:
             "none"
             if x["denoising_steps"] is None
             else f"{x['denoising_steps']}" + (" (its own)" if x["is_configured"] else ""),
-            f"{x['p50_ms']:.3g} ms",
-            f"{x['p99_ms']:.3g} ms",
-            f"{actions[x['name']] * 1000 / results['fps']:.0f} ms",
+            f"{show_number(x['p50_ms'])} ms",
+            f"{show_number(x['p99_ms'])} ms",
+            f"{actions[x['name']] * 1000 / results['fps']:,.0f} ms",
         )
         for x in results["latency"]
     ]
     head = ("Policy", "Denoising steps", "p50 of a chunk", "p99", "after which it acts for")
-    return [f"## Latency on {results['machine']}", _table(head, rows)]
+    explanation = _LATENCY.format(rounds=results["latency_rounds"])
+    return [f"## Latency on {results['machine']}", _table(head, rows), explanation]
 
 
 def _training_table(policies: Sequence[Results]) -> str:

@@ -32,18 +32,16 @@ class Difference:
     difference: float
     interval: Interval
     p: float
-    p_holm: float  # corrected for the number of pairs
-    better: str | None  # who, if the difference is significant
     episodes_for: dict[float, int | None]  # half width of an interval -> about how many episodes it takes
-    table: dict[str, int] | None = (
-        None  # of successes: how many episodes both, only a, only b, neither solved
-    )
+    table: dict[str, int] | None = None  # how many episodes were solved by both, only a, only b, neither
+    p_holm: float | None = None  # corrected for the number of pairs, by `decide`
+    better: str | None = None  # who, if the difference is significant
 
 
 def compare_successes(
     a: str, b: str, success_a: Bool[np.ndarray, " n"], success_b: Bool[np.ndarray, " n"]
 ) -> Difference:
-    """Compare two policies' successes episode by episode: McNemar's exact test, Newcombe's interval; to be decided.
+    """Compare two policies' successes episode by episode: McNemar's exact test, Newcombe's interval.
 
     Args:
         a: a policy's name.
@@ -54,7 +52,6 @@ def compare_successes(
     n = len(success_a)
     both, only_a = int(np.sum(success_a & success_b)), int(np.sum(success_a & ~success_b))
     only_b, neither = int(np.sum(~success_a & success_b)), int(np.sum(~success_a & ~success_b))
-    p = mcnemar_test(only_a, only_b)
     # Half an episode more in each cell (Agresti and Min, 2005), lest a few equal episodes seem certain.
     share, shift = (only_a + only_b + 1) / (n + 2), (only_a - only_b) / (n + 2)
     return Difference(
@@ -62,9 +59,7 @@ def compare_successes(
         b,
         difference=(only_a - only_b) / n,
         interval=newcombe_interval(both, only_a, only_b, neither),
-        p=p,
-        p_holm=p,
-        better=None,
+        p=mcnemar_test(only_a, only_b),
         episodes_for=_episodes_for(share - shift**2),
         table={"both": both, "only_a": only_a, "only_b": only_b, "neither": neither},
     )
@@ -73,18 +68,15 @@ def compare_successes(
 def compare_scores(
     a: str, b: str, score_a: Float[np.ndarray, " n"], score_b: Float[np.ndarray, " n"]
 ) -> Difference:
-    """Compare two policies' scores episode by episode: sign-flip test, bootstrap interval; to be decided."""
+    """Compare two policies' scores episode by episode: sign-flip permutation test, bootstrap interval."""
     differences = score_a - score_b
-    p = sign_flip_test(differences)
     variance = float(differences.var(ddof=1)) if len(differences) > 1 else 0.0
     return Difference(
         a,
         b,
         difference=float(differences.mean()),
         interval=mean_interval(differences),
-        p=p,
-        p_holm=p,
-        better=None,
+        p=sign_flip_test(differences),
         episodes_for=_episodes_for(variance),
     )
 

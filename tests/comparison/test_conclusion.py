@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lerobot_jax.comparison import report
-from lerobot_jax.comparison.conclusion import conclude, show_count, show_p
+from lerobot_jax.comparison.conclusion import conclude, show_count, show_number, show_p
 from lerobot_jax.comparison.results import compare_pairs, summarize_episodes
 from lerobot_jax.eval import Episode
 
@@ -143,6 +143,10 @@ def test_pairs_are_compared_where_both_succeed():
 )
 def test_numbers_of_episodes(n: int | None, shown: str):
     assert show_count(n) == shown
+
+
+def test_times():
+    assert [show_number(ms) for ms in (0.0123, 2.0, 99.4, 99.6, 1234.5)] == ["0.012", "2", "99", "100", "1,234"]
 
 
 def test_p_values():
