@@ -9,7 +9,7 @@ take turns to show how fast they act. This is written:
 
     compare.md      in plain words which policy is better, or that nobody can tell yet; and the tables
     compare.png     the same as a figure
-    compare.mp4     the first episodes side by side (--eval.max_episodes_rendered)
+    compare.mp4     the first episodes side by side (--eval.max_episodes_rendered, at most 10)
     compare.json    all numbers, also of each episode
     NAME/           each policy's eval_info.json and videos
 

@@ -13,6 +13,7 @@ from lerobot_jax.progress import progress_bar
 
 _WIDTH = 1280  # of all columns together, about
 _LARGEST_TILE = 320
+_MOST_COLUMNS = 10  # the other episodes have videos of their own only
 _LABEL = 26  # height of a line of text
 _GAP = 6
 _BORDER = 5
@@ -25,10 +26,10 @@ def write_grid(results: Mapping[str, Any], episodes: Sequence[Sequence[Episode]]
 
     Args:
         results: the comparison, for names and rates.
-        episodes: of each policy; those with videos are shown.
+        episodes: of each policy; the first ones with videos are shown.
         path: where to.
     """
-    shown = [[episode for episode in of_one if episode.video_path] for of_one in episodes]
+    shown = [[e for e in of_one if e.video_path][:_MOST_COLUMNS] for of_one in episodes]
     columns = len(shown[0])
     tile = min(_LARGEST_TILE, _WIDTH // columns - _GAP) // 2 * 2
     background = _make_background(results, shown[0], tile)

@@ -146,7 +146,13 @@ def test_numbers_of_episodes(n: int | None, shown: str):
 
 
 def test_times():
-    assert [show_number(ms) for ms in (0.0123, 2.0, 99.4, 99.6, 1234.5)] == ["0.012", "2", "99", "100", "1,234"]
+    assert [show_number(ms) for ms in (0.0123, 2.0, 99.4, 99.6, 1234.5)] == [
+        "0.012",
+        "2",
+        "99",
+        "100",
+        "1,234",
+    ]
 
 
 def test_p_values():

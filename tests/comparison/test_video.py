@@ -39,3 +39,15 @@ def test_finished_episodes_stay_and_tell_how_they_ended(tmp_path: Path):
     assert [is_marked(picture, RED) for picture in second] == [False] * 9 + [True] * 11
     for pictures, shade in ((first, 120), (second, 200)):
         assert all(abs(float(picture[100:200, 100:200].mean()) - shade) < 4 for picture in pictures)
+
+
+def test_ten_episodes_are_enough(tmp_path: Path):
+    episodes = [make_episode(tmp_path / f"{i}.mp4", 2, 20 * i, success=False) for i in range(12)]
+    policy = {"name": "a", "success": {"count": 0}, "max_score": {"mean": 0.4}}
+    results = {"policies": [policy], "n_episodes": 12, "score": "reward"}
+    write_grid(results, [episodes], tmp_path / "grid.mp4")
+    frame = next(decode_video(tmp_path / "grid.mp4"))[1]
+    tile = 122
+    assert frame.shape[:2] == (26 + 26 + tile + 6, 10 * (tile + 6) + 6)
+    centers = frame[26 + 26 + 40, 6 + tile // 2 :: tile + 6].mean(-1)
+    assert np.abs(centers - 20 * np.arange(10)).max() < 6
