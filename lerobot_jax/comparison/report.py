@@ -15,8 +15,8 @@ _EXPLANATIONS = """\
 - **p** is how often policies that are equally good would differ by as much or more by chance. It is corrected for
   the number of pairs (Holm, 1979; success and {score} each by themselves). Below {level}, one policy is called
   better. A larger p does not show that two are equal: the interval tells how different they may be.
-- **Intervals** hold the true value 95 times out of 100. They are not corrected for the number of pairs, so one may
-  leave out 0 where the tests cannot tell.
+- **Intervals** hold the true value about 95 times out of 100. They are not corrected for the number of pairs, and
+  somewhat too narrow for few episodes: where one leaves out 0 and the test cannot tell, believe the test.
 - **Success**: interval of Wilson (1927). Differences: McNemar's exact test, which asks who wins the episodes that
   only one of the two solves, and Newcombe's interval for paired data (1998, method 10).
 - **Max {score}**: the largest {score} of an episode, averaged over the episodes. Intervals: bootstrap (BCa).
@@ -119,7 +119,7 @@ def _pairs_table(results: Results) -> str:
                 _test(score),
                 "n/a"
                 if steps["difference"] is None
-                else f"{steps['difference']:+.0f} ({steps['n']} episodes)",
+                else f"{steps['difference']:+.0f} ({steps['n']} episode{'s' * (steps['n'] > 1)})",
             )
         )
     return _table(head, rows)
