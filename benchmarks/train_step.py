@@ -60,7 +60,7 @@ def make_lerobot_jax_step(name: str, batch_size: int, **options: Any) -> Callabl
     from lerobot_jax.config import TrainConfig
     from lerobot_jax.features import FeatureType, PolicyFeature
     from lerobot_jax.policies.base import config_class, make_policy
-    from lerobot_jax.train import make_loss, make_train_step
+    from lerobot_jax.train_step import make_loss, make_train_step
 
     new_config: Any = config_class(name)
     config = new_config(

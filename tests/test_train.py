@@ -19,7 +19,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import certificate, checkpoint, convert, state_dict, train, training_data
+from lerobot_jax import certificate, checkpoint, convert, state_dict, train, train_step, training_data
 from lerobot_jax.config import DatasetConfig, OptimizerConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.target_statistics import target_statistics
@@ -284,7 +284,9 @@ def test_images_are_augmented_within_the_step():
     params = {"w": jnp.zeros(3)}
     optimizer = optax.sgd(1.0)
     state = {"step": jnp.array(7), "params": params, "buffers": {}, "opt_state": optimizer.init(params)}
-    new, metrics = jax.jit(train.make_train_step(loss, optimizer, config))(state, batch, jax.random.key(5))
+    new, metrics = jax.jit(train_step.make_train_step(loss, optimizer, config))(
+        state, batch, jax.random.key(5)
+    )
     micro_keys = jax.random.split(jax.random.fold_in(jax.random.key(5), 7), 2)
     brightness = []
     for key, some in zip(micro_keys, images, strict=True):
@@ -330,7 +332,7 @@ def test_features_of_one_number_keep_their_axis(tmp_path: Path):
     (policy,) = training_data.build_policies(config, [source])
     keys = training_data.batch_keys(policy, source)
     batch = source.dataset.read(np.arange(4), keys)
-    seen = train.make_preprocess([policy], is_mixture=False)(batch)
+    seen = train_step.make_preprocess([policy], is_mixture=False)(batch)
     shapes = {key: seen[key].shape for key in ("observation.state", "action", "action_is_pad")}
     assert shapes == {"observation.state": (4, 1), "action": (4, 4, 1), "action_is_pad": (4, 4)}
 
