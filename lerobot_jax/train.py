@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from lerobot_jax import checkpoint, optim, sharding, training_data
+from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     # The loop
     metrics_log = MetricsLog(config, first_step)
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
-    writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
+    writer = CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
     pending: list[dict[str, jax.Array]] = []
     data_wait, since = 0.0, time.monotonic()
     stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()

@@ -19,7 +19,16 @@ import optax
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import certificate, checkpoint, convert, state_dict, train, train_step, training_data
+from lerobot_jax import (
+    certificate,
+    checkpoint,
+    checkpoint_writer,
+    convert,
+    state_dict,
+    train,
+    train_step,
+    training_data,
+)
 from lerobot_jax.config import DatasetConfig, OptimizerConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.target_statistics import target_statistics
@@ -439,14 +448,14 @@ def test_damaged_checkpoints_are_reported(arguments: list[str], tmp_path: Path):
 def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch
 ):
-    original = checkpoint.FunctionalPolicy.save_pretrained
+    original = checkpoint_writer.FunctionalPolicy.save_pretrained
 
     def full(self, folder, certified):
         if "000020" in str(folder):
             raise OSError(28, "No space left on device", str(folder))
         original(self, folder, certified)
 
-    monkeypatch.setattr(checkpoint.FunctionalPolicy, "save_pretrained", full)
+    monkeypatch.setattr(checkpoint_writer.FunctionalPolicy, "save_pretrained", full)
     with pytest.raises(InputError, match=r"000020: could not save .*No space left.*last good one is 000010"):
         train.main(arguments)
     assert checkpoint.saved_steps(tmp_path / "run") == [10]
@@ -457,7 +466,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
 
 
 def test_too_little_space_is_told_before_writing(arguments: list[str], tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(
         InputError, match=r"could not save the checkpoint .*MB needed, 0 MB free\); there is none yet"
     ):
