@@ -6,13 +6,15 @@
       checkpoints/005000/training_state/     what a resumed run continues from
       checkpoints/last -> 005000, checkpoints/best -> 004000
 
+With several seeds, each has such a folder, outputs/<job>/seed_<seed>/, beside the train_config.json of them all.
+
 A checkpoint is written beside its place and appears there by one rename, so it is complete or absent.
 """
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,6 @@ def open_run(config: TrainConfig) -> TrainConfig:
             changes what is computed differs from the run's.
     """
     folder = config.run_dir
-    steps = saved_steps(folder)
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
@@ -83,15 +84,27 @@ def open_run(config: TrainConfig) -> TrainConfig:
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])
-        for rest in (folder / CHECKPOINTS).glob(".*"):
+        _tell_of_later_checkpoints(config)
+        for rest in (rest for run in config.runs for rest in (run.run_dir / CHECKPOINTS).glob(".*")):
             remove(rest)
     elif folder.exists() and any(folder.iterdir()):
+        steps = common_steps(config.runs)
         last = f" (last checkpoint: step {steps[-1]})" if steps else ""
         raise InputError(
             f"{folder} already holds a run{last}: continue it with --config.resume=True, or choose another "
             "folder with --config.output_dir=..."
         )
     return config
+
+
+def _tell_of_later_checkpoints(config: TrainConfig) -> None:
+    """Say from where several seeds go on when some of them have later checkpoints."""
+    last = (common_steps(config.runs) or [0])[-1]
+    ahead = [str(run.seed) for run in config.runs if saved_steps(run.run_dir)[-1:] > [last]]
+    if ahead:
+        logging.info(
+            "going on at step %d, the last that all seeds have; later are %s", last, ", ".join(ahead)
+        )
 
 
 def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConfig:
@@ -105,9 +118,12 @@ def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConf
 
 
 def write_train_config(config: TrainConfig) -> None:
-    """Write the run's train_config.json."""
+    """Write the run's train_config.json; with several seeds also that of each."""
     write_json(config.to_dict(), config.run_dir / TRAIN_CONFIG_NAME)
-    (config.run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+    for run in config.runs:
+        if run is not config:
+            write_json(run.to_dict(), run.run_dir / TRAIN_CONFIG_NAME)
+        (run.run_dir / CHECKPOINTS).mkdir(exist_ok=True)
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -115,6 +131,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     folder = run_dir / CHECKPOINTS
     names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     return sorted(int(name) for name in names)
+
+
+def common_steps(runs: Iterable[TrainConfig]) -> list[int]:
+    """List the steps of which all runs have a checkpoint, in order."""
+    return sorted(set.intersection(*(set(saved_steps(run.run_dir)) for run in runs)))
 
 
 def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
@@ -143,6 +164,11 @@ def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
     if (folder / PRETRAINED_MODEL).is_dir():
         folder = folder / PRETRAINED_MODEL
     if not (folder / CONFIG_NAME).exists():
+        seeds = sorted(path.name for path in folder.glob("seed_*") if (path / CHECKPOINTS).is_dir())
+        if seeds:
+            raise InputError(
+                f"{folder} is a run of several seeds; give the folder of one: {', '.join(seeds)}"
+            )
         raise InputError(
             f"{folder} has no {CONFIG_NAME}; give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
         )

@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lerobot_jax.checkpoint import (
     PRETRAINED_MODEL,
     TRAIN_CONFIG_NAME,
     TRAINING_STATE,
+    common_steps,
     remove,
     saved_steps,
 )
@@ -36,16 +37,21 @@ class CheckpointWriter:
         self,
         config: TrainConfig,
         policy: FunctionalPolicy,
+        certifier: Certifier,
         variants: Mapping[str, FunctionalPolicy] | None = None,
+        together: Sequence[TrainConfig] = (),
     ):
         """Args:
         config: the run's.
         policy: what is saved.
+        certifier: of that policy.
         variants: in a mixture, the same policy with the processors for each dataset, by the dataset's name.
+        together: the runs of all seeds that are resumed together, this one among them; from the last checkpoint
+            that they all have, which is kept.
         """
-        self._config, self._policy, self._variants = config, policy, dict(variants or {})
+        self._config, self._policy, self._certifier = config, policy, certifier
+        self._variants, self._together = dict(variants or {}), together or [config]
         self._folder = config.run_dir.resolve() / CHECKPOINTS
-        self._certifier = Certifier(policy)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: InputError | None = None
@@ -112,10 +118,12 @@ class CheckpointWriter:
         if self._config.keep_last == 0:
             return
         best = self._folder / "best"
-        kept = os.readlink(best) if best.is_symlink() else None
+        kept = {f"{step:06d}" for step in common_steps(self._together)[-1:]}
+        if best.is_symlink():
+            kept.add(os.readlink(best))
         for step in saved_steps(self._config.run_dir)[: -self._config.keep_last]:
             old = self._folder / f"{step:06d}"
-            if old.name != kept:
+            if old.name not in kept:
                 doomed = self._folder / f".removed-{old.name}"
                 old.rename(doomed)  # first out of sight, so that no half of it is ever seen
                 remove(doomed)

@@ -78,6 +78,9 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
     axis of micro-batches.
     """
     augment = random_transforms(config.dataset.image_transforms)
+    if config.dataset.image_transforms.enable:
+        # Mapped over seeds, it takes one seed after another: so its branches stay branches.
+        augment = jax.custom_batching.sequential_vmap(augment)
 
     def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
@@ -122,9 +125,10 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
 
 
 def make_eval_loss(policy: FunctionalPolicy, preprocess: Any):
-    """Give `loss(weights, batch, key)` without dropout and with noise that depends on `key` only."""
+    """Give `loss(weights, batch, key, i)` without dropout and with noise that depends on `key` and `i` only."""
 
-    def eval_loss(weights: Tree, batch: Tree, key: jax.Array) -> jax.Array:
+    def eval_loss(weights: Tree, batch: Tree, key: jax.Array, i: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, i)
         return policy.loss_fn(weights["params"], weights["buffers"], preprocess(batch), key, train=False)[0]
 
     return eval_loss
