@@ -112,9 +112,10 @@ class CheckpointWriter:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(name)
             os.replace(temporary, self._folder / link)
-        self._remove_old()
+        self.remove_old()
 
-    def _remove_old(self) -> None:
+    def remove_old(self) -> None:
+        """Remove checkpoints that are neither among the last ones, nor the best, nor what all seeds go on from."""
         if self._config.keep_last == 0:
             return
         best = self._folder / "best"

@@ -217,6 +217,8 @@ def main(argv: Sequence[str]) -> None:
     for log, writer in zip(logs, writers, strict=True):
         writer.wait()
         log.close()
+    for writer in writers:  # what was kept until all seeds had a later one
+        writer.remove_old()
     for folder in {config.run_dir, *(run.run_dir for run in runs)}:
         plot_curves(folder)
     if len(runs) > 1:
