@@ -1,5 +1,6 @@
 """The real program is run: trained, stopped, killed, resumed."""
 
+import contextlib
 import json
 import os
 import random
@@ -118,6 +119,41 @@ def test_a_run_leaves_its_files(arguments: list[str], tmp_path: Path):
     policy = load_policy(folder)
     ema = final_arrays(run)["['ema']['params']['model']['action_head']['bias']"]
     np.testing.assert_array_equal(policy.params["model"]["action_head"]["bias"], ema)
+
+
+@pytest.mark.parametrize("log_freq", [3, 0])
+def test_the_speed_is_that_of_training_alone(
+    arguments: list[str], tmp_path: Path, monkeypatch, log_freq: int
+):
+    """Whenever it is logged, and whatever evaluations and saves take; here a step takes one second."""
+    clock = [0.0]
+
+    class Bar(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def update(self):
+            clock[0] += 1
+
+        def set_postfix(self, values, refresh):
+            pass
+
+    def evaluate_slowly(*settings):
+        clock[0] += 100
+        return held_out_losses(*settings)
+
+    held_out_losses = train.held_out_losses
+    monkeypatch.setattr(train, "held_out_losses", evaluate_slowly)
+    monkeypatch.setattr(train, "progress_bar", lambda *_, **__: Bar())
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    settings = ["--config.steps=7", "--config.eval_steps=2", f"--config.log_freq={log_freq}"]
+    train.main([*arguments, *settings])
+    speeds = {
+        r["step"]: r["steps_per_s"]
+        for r in read_metrics(tmp_path / "run/metrics.jsonl")
+        if "steps_per_s" in r
+    }
+    assert speeds == ({3: 1.0, 6: 1.0, 7: 1.0} if log_freq else {7: 1.0})
 
 
 def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path):
