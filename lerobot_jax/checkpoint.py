@@ -102,7 +102,7 @@ def _tell_of_later_checkpoints(config: TrainConfig) -> None:
     last = (common_steps(config.runs) or [0])[-1]
     ahead = [str(run.seed) for run in config.runs if saved_steps(run.run_dir)[-1:] > [last]]
     if ahead:
-        logging.info(
+        logging.warning(
             "going on at step %d, the last that all seeds have; later are %s", last, ", ".join(ahead)
         )
 

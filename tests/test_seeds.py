@@ -170,6 +170,7 @@ def test_what_works_with_one_seed_only_is_refused(arguments: list[str], tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_is_named(arguments: list[str], tmp_path: Path):
     several = [*arguments, "--config.num_seeds=8", f"--config.output_dir={tmp_path}"]
     with pytest.raises(InputError, match=r"with seed 100\d, the (loss|largest weight) is (nan|inf) at step"):
