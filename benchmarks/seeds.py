@@ -3,8 +3,8 @@
     python benchmarks/seeds.py
     python benchmarks/seeds.py --num_seeds=4 --batch_sizes 8 32
 
-The policy is ACT with the sizes of `configs/act_pusht.py:state`; a step is normalization, forward, backward, clipping,
-the optimizer and the average of the weights. The two take turns, so that both see the same machine.
+The policy is ACT with the sizes of `configs/act_pusht.py:state`; a step is normalization, forward, backward,
+clipping, the optimizer and the average of the weights. The two take turns, so that both see the same machine.
 """
 
 import argparse

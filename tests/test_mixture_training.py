@@ -75,7 +75,7 @@ def test_each_sample_is_normalized_with_its_own_datasets_statistics(arguments: l
     seeds = dataclasses.replace(config, num_seeds=2, seed=config.seed - 1)
     both = training_data.training_samples(seeds, sources, policies[0], whole, split).read(np.arange(64))
     jax.tree.map(lambda values, expected: np.testing.assert_array_equal(values[1], expected), both, batch)
-    assert (both["index"][0] != both["index"][1]).any()
+    assert (both["action"][0] != both["action"][1]).any()
     seen = jax.jit(train_step.make_preprocess(policies, is_mixture=True))(batch)
     for i, source in enumerate(sources):
         stats = source.dataset.meta.stats
