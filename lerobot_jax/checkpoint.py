@@ -80,7 +80,9 @@ def open_run(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        before = read_json(folder / TRAIN_CONFIG_NAME)
+        before = {"num_seeds": 1} | read_json(
+            folder / TRAIN_CONFIG_NAME
+        )  # runs from before there was a number
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])

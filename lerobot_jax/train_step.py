@@ -78,8 +78,8 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
     axis of micro-batches.
     """
     augment = random_transforms(config.dataset.image_transforms)
-    if config.dataset.image_transforms.enable:
-        # Mapped over seeds, it takes one seed after another: so its branches stay branches.
+    if config.num_seeds > 1 and config.dataset.image_transforms.enable:
+        # Mapped over seeds, this takes one seed after another: so its branches stay branches.
         augment = jax.custom_batching.sequential_vmap(augment)
 
     def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):

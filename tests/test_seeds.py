@@ -1,5 +1,6 @@
 """Several seeds at once: each is the run of that seed alone."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -22,6 +23,7 @@ from lerobot_jax.policies.base import load_policy, make_policy
 from lerobot_jax.policies.diffusion import DiffusionConfig
 from lerobot_jax.seed_summary import summarize
 from lerobot_jax.seeds import SeedLayout
+from lerobot_jax.sharding import batch_sharding, make_mesh
 from lerobot_jax.train_step import make_loss, make_train_step
 from lerobot_jax.transforms import ImageTransformConfig, ImageTransformsConfig
 from tests.data.recordings import record
@@ -154,6 +156,29 @@ def test_killed_at_any_moment_a_group_resumes_exactly(arguments: list[str], tmp_
     finish([*again, "--config.resume=True"], tmp_path)
     for run in runs:
         assert_same_run(whole / run.run_dir.name, run.run_dir)
+
+
+def test_with_one_seed_nothing_is_changed():
+    layout, tree = SeedLayout(1, make_mesh()), {"a": jnp.ones(8)}
+
+    def function(x):
+        return x
+
+    assert layout.over_seeds(function, (0,)) is function
+    assert layout.stack([tree]) is layout.take(tree, 0) is tree
+    assert layout.batches(16, axis=1) == batch_sharding(layout.mesh, 16, axis=1)
+    policy, config = tiny_diffusion()
+    loss_fn = make_loss(policy, policy.preprocess, ["one"])
+    config = dataclasses.replace(config, num_seeds=1)
+    optimizer = optim.make_optimizer(config, jax.eval_shape(policy.init, jax.random.key(0))[0])
+    params, buffers = jax.eval_shape(policy.init, jax.random.key(0))
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "buffers": buffers}
+    state |= {
+        "opt_state": jax.eval_shape(optimizer.init, params),
+        "ema": {"params": params, "buffers": buffers},
+    }
+    step = jax.make_jaxpr(make_train_step(loss_fn, optimizer, config))
+    assert "custom_vmap" not in str(step(state, make_batch(0, 0), jax.random.key(0)))
 
 
 def test_what_works_with_one_seed_only_is_refused(arguments: list[str], tmp_path: Path):
