@@ -138,14 +138,14 @@ def test_a_group_resumes_exactly_from_the_last_step_that_all_seeds_have(
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_group_resumes_exactly(arguments: list[str], tmp_path: Path):
-    settings = [*arguments, "--config.num_seeds=3", "--config.steps=30", "--config.save_freq=2"]
+    settings = [*arguments, "--config.num_seeds=3", "--config.steps=12", "--config.save_freq=2"]
     settings += ["--config.eval_steps=0", "--config.dataset.eval_split=0"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish([*settings, f"--config.output_dir={whole}"], tmp_path)
     dice = random.Random(0)
     again = [*settings, f"--config.output_dir={killed}"]
     runs = load_config(again).runs
-    for attempt in range(4):
+    for attempt in range(3):
         before = checkpoint.common_steps(runs)
         process = start(again if attempt == 0 else [*again, "--config.resume=True"], tmp_path)
         wait_for(lambda before=before: checkpoint.common_steps(runs)[-1:] > before[-1:], process, tmp_path)
