@@ -266,7 +266,8 @@ AUGMENTED = ImageTransformsConfig(
 )
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 8])
 def test_batch_norms_and_augmentation_of_each_seed(num_devices: int):
     """Diffusion Policy with images: buffers, parameters and averages of each seed, as alone."""
     policy, config = tiny_diffusion()
