@@ -36,7 +36,7 @@ def make_lerobot_jax_step(name: str, batch_size: int, **options: Any) -> Callabl
 
     from lerobot_jax import optim
     from lerobot_jax.config import TrainConfig
-    from lerobot_jax.train import make_loss, make_train_step
+    from lerobot_jax.train_step import make_loss, make_train_step
 
     policy = pusht_policies.make_lerobot_jax_policy(name, **options)
     train_config = TrainConfig(policy=policy.config, batch_size=batch_size)

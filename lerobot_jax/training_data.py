@@ -13,7 +13,7 @@ from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data import loader, mixture
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.samples import Batch, DeviceRows, Samples, ShuffledRows, device_bytes
+from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
 from lerobot_jax.data.streaming import Stream, StreamedSamples, open_stream
 from lerobot_jax.data.target_statistics import complete_statistics, name_joints, target_statistics
 from lerobot_jax.data.windows import policy_delta_timestamps
@@ -270,6 +270,8 @@ def training_samples(
 ) -> Samples:
     """Give the samples in training order; decode frames into the cache or copy them to the devices before.
 
+    With several seeds, a batch has a leading axis: the batch of each.
+
     Args:
         config: the run's.
         sources: its datasets.
@@ -289,18 +291,27 @@ def training_samples(
             drop_n_last_frames=dropped,
             **source.settings,
         )
-    on_device = _prepare_frames(config, sources)
+    seeds = [run.seed for run in config.runs]
+    if _prepare_frames(config, sources):
+        (source,) = sources
+        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
+    orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
+    return SeedSamples(orders) if len(seeds) > 1 else orders[0]
+
+
+def _host_samples(
+    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, seed: int
+) -> Samples:
+    """Give the samples in the order of a seed, read on the host."""
     parts: list[Samples] = []
     for i, source in enumerate(sources):
-        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
-        if on_device:
-            parts.append(DeviceRows(source.dataset, rows, keys, config.seed, whole, split))
-        else:
-            parts.append(ShuffledRows(source.dataset, rows, keys, config.seed, stream=i))
+        rows = source.dataset.rows_of(source.train_episodes, config.policy.drop_n_last_frames)
+        parts.append(ShuffledRows(source.dataset, rows, batch_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
     maps = [_feature_map(policy, source) for source in sources]
-    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], config.seed)
+    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], seed)
 
 
 def _feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
@@ -319,8 +330,8 @@ def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
     needed = sum(device_bytes(source.dataset) for source in sources)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     fits = 0 < needed <= DEVICE_SHARE * memory
-    on_device = mode == "device" or (mode == "auto" and fits and len(sources) == 1)
-    if mode == "device" and len(sources) > 1:
+    on_device = mode == "device" or (mode == "auto" and fits and not settings.mixture)
+    if mode == "device" and settings.mixture:
         raise InputError("dataset.frame_mode=device works with one dataset, not with a mixture; use cache")
     if mode == "decode" or not any(source.dataset.cameras for source in sources):
         return on_device
