@@ -1,6 +1,5 @@
 """The real program is run: trained, stopped, killed, resumed."""
 
-import contextlib
 import json
 import os
 import random
