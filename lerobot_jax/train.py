@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         policy.config.type,
         f"{num_params:,}",
         sum(len(source.train_episodes) for source in sources),
-        sum(source.num_train_frames(policy.config.drop_n_last_frames) for source in sources),
+        sum(source.num_train_frames(policy.config.num_dropped_frames) for source in sources),
         batch_size,
         mesh.size,
         jax.default_backend(),

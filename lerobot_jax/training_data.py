@@ -108,7 +108,7 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
     )
     train, held_out = split_episodes(meta, source.episodes, config.dataset.eval_split)
     opened = Source(source, meta, settings, data, train, held_out)
-    dropped = config.policy.drop_n_last_frames
+    dropped = config.policy.num_dropped_frames
     if opened.num_train_frames(dropped) == 0:
         raise InputError(f"{repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
@@ -277,7 +277,7 @@ def training_samples(
         whole: keeps a copy of an array on every device.
         split: how a batch lies on the devices.
     """
-    dropped = config.policy.drop_n_last_frames
+    dropped = config.policy.num_dropped_frames
     if isinstance(stream := sources[0].data, Stream):
         (source,) = sources
         return StreamedSamples(

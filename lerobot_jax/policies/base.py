@@ -38,7 +38,7 @@ class PretrainedPart(NamedTuple):
     """A part of a policy that starts from the weights of another model."""
 
     path: tuple[str | int, ...]  # names and list positions from the policy down to the part
-    source: str  # a safetensors file, or a model on the Hub that has one
+    source: str  # a safetensors file, a folder that has one, or a model on the Hub that does
     ignore: str  # regular expression of the keys in it that the part does not have
     advice: str  # what to do when it cannot be found
     names: Mapping[str, str] = {}  # first words of the source's keys -> in the part, where they differ
@@ -228,6 +228,7 @@ def make_policy(
         rename_map,
         config.action_target,
         image_size,
+        config.text_steps,
     )
     return FunctionalPolicy(config, _graphdef(config), pre, post)
 
@@ -236,7 +237,7 @@ def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree)
     """Put pretrained weights into the parts of a new policy for which its config names some."""
     for part in policy_class(policy.config.type).pretrained_parts(policy.config):
         source = Path(part.source)
-        if not source.is_file():
+        if not source.exists():
             source = hub.fetch(part.source, "model", [MODEL_NAME], advice=part.advice) / MODEL_NAME
         module: Any = policy.module
         for name in part.path:
@@ -245,6 +246,8 @@ def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree)
         for tree, new in zip(
             (params, buffers), torch_state.from_torch(module, weights, ignore=part.ignore), strict=True
         ):
+            if not new:
+                continue  # a part without parameters, or without buffers
             around: Any = tree
             for name in part.path[:-1]:
                 around = around[name]
