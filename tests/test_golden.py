@@ -74,6 +74,7 @@ GOLDENS = [
     for path in sorted(ROOT.glob("*/*/meta.json"))
 ]
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("stand_ins")
 # As users compile it: this one's gradients cancel so much that rounding shows in their fourth digit.
 OPTIMIZED = {"full_resnet18": {"xla_backend_optimization_level": 3}}
 
@@ -148,6 +149,9 @@ def test_preprocessing(golden: Golden, tmp_path: Path):
             expected = np.moveaxis(expected, -3, -1)
         actual = batch[key][: len(expected)]  # of images, the first sample is recorded
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=key)
+    for key in ("observation.language.tokens", "observation.language.attention_mask"):
+        assert (key in batch) == (f"in/{key}" in golden.batch)
+        np.testing.assert_array_equal(batch.get(key, ()), golden.batch.get(f"in/{key}", ()))
     observation = policy.preprocess(golden.inputs("obs/1/"))
     for key in policy.config.input_features.keys() - policy.config.image_features.keys():
         expected = golden.batch[f"obs_in/1/{key}"]

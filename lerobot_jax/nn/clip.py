@@ -25,7 +25,7 @@ OLD_EOS = 2  # what config.json says of models that were published with a wrong 
 class CLIPVisionModel(nnx.Module):
     """Gives a vector for the whole image (the class token) and one for each patch."""
 
-    def __init__(self, settings: CLIPVisionSettings, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, settings: CLIPVisionSettings, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.vision_model = CLIPVisionTransformer(settings, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
@@ -96,7 +96,7 @@ class PatchEmbedding(nnx.Conv):
 class CLIPTextModel(nnx.Module):
     """Gives one vector for a text."""
 
-    def __init__(self, settings: CLIPTextSettings, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, settings: CLIPTextSettings, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.text_model = CLIPTextTransformer(settings, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:

@@ -341,6 +341,6 @@ class MultiTaskDiTConfig(PolicyConfig):
             vision_encoder_name="tests/clip-tiny",
             image_crop_shape=(32, 32),
             text_encoder_name="tests/clip-tiny",
-            tokenizer_max_length=30,
+            tokenizer_max_length=24,
             drop_n_last_frames=3,
         )
