@@ -26,7 +26,12 @@ INFO_METRICS = ("coverage",)  # reported by evaluations: the largest value of an
 
 
 class FastPushTEnv(PushTEnv):
-    """gym-pusht's environment with the same pictures, made without copying the whole drawing."""
+    """gym-pusht's environment with the same pictures, made without copying the whole drawing.
+
+    It says what its task is, in the words of the dataset `lerobot/pusht`; gym-pusht's does not.
+    """
+
+    task_description = "Push the T-shaped block onto the T-shaped target."
 
     def show(self, state: np.ndarray) -> None:
         """Put agent and block at a state: agent x, y, block x, y (pixels), block angle (radians); no physics."""

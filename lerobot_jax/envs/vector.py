@@ -25,6 +25,18 @@ def make_vector_env(
     return gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=manual_reset)
 
 
+def task_texts(envs: gymnasium.vector.VectorEnv) -> list[str]:
+    """Give what is to be done in each environment: its `task_description`, or its `task`, as LeRobot asks for them.
+
+    Raises:
+        InputError: when an environment has neither, where LeRobot tells the policy an empty text.
+    """
+    for name in ("task_description", "task"):
+        if all(envs.call("has_wrapper_attr", name)):
+            return list(envs.call(name))
+    raise InputError("the policy is told what to do, but the environment has no task_description and no task")
+
+
 def observation_type(config: EnvConfig, inputs: dict[str, PolicyFeature]) -> str:
     """Choose what the environment shows: as configured, else what the policy's inputs ask for."""
     if config.obs_type is not None:
