@@ -1,14 +1,51 @@
-"""Convolutions over time as PyTorch initializes and computes them; channel-last.
+"""Convolutions as PyTorch initializes and computes them; channel-last.
 
-They are matrix products of all windows of the input with the kernel: XLA computes these several times as fast as
-one-dimensional convolutions, on CPUs above all.
+Those over time are matrix products of all windows of the input with the kernel: XLA computes these several times as
+fast as one-dimensional convolutions, on CPUs above all.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import initializers
+from lerobot_jax.nn.convolve import convolve
+
+
+class Conv2d(nnx.Conv):
+    """`torch.nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation)`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        use_bias: bool = True,
+        kernel_init: nnx.Initializer = initializers.torch_uniform,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            (kernel_size, kernel_size),
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            bias_init=initializers.torch_bias(in_channels * kernel_size**2),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.settings = (stride, padding, dilation)
+
+    def __call__(self, inputs: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        y: Any = convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype), *self.settings)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, None]
 
 
 class Conv1d(nnx.Conv):

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import initializers
+from lerobot_jax.nn.conv import Conv2d
 from lerobot_jax.nn.norms import FrozenBatchNorm2d
 
 # Channels -> a norm, called with the feature map and whether the policy is in training.
@@ -68,14 +69,14 @@ def _conv(
     dilation: int = 1,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
-    return nnx.Conv(
+) -> Conv2d:
+    return Conv2d(
         in_channels,
         out_channels,
-        (size, size),
-        strides=stride,
+        size,
+        stride=stride,
         padding=(size // 2) * dilation,
-        kernel_dilation=dilation,
+        dilation=dilation,
         use_bias=False,
         kernel_init=initializers.kaiming_normal_fan_out,
         dtype=dtype,
@@ -187,17 +188,7 @@ class ResNet(nnx.Module):
         if dilate_last_stage and not spec.bottleneck:
             raise ValueError(f"{name} cannot be dilated: its blocks have no dilation; use resnet50 or larger")
         block = Bottleneck if spec.bottleneck else BasicBlock
-        conv1 = nnx.Conv(
-            3,
-            spec.width,
-            (7, 7),
-            strides=2,
-            padding=3,
-            use_bias=False,
-            kernel_init=initializers.kaiming_normal_fan_out,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        conv1 = _conv(3, spec.width, 7, stride=2, dtype=dtype, rngs=rngs)
         parts: list[Any] = [conv1, norm(spec.width)]
         channels = spec.width
         for stage, num_blocks in enumerate(spec.num_blocks):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lerobot_jax.nn import initializers
+from lerobot_jax.nn.conv import Conv2d
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.norms import BatchNorm2d, GroupNorm
 from lerobot_jax.nn.resnet import NUMBERS, ResNet, feature_map_size
@@ -87,15 +87,7 @@ class SpatialSoftmax(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.nets = nnx.Conv(
-            channels,
-            num_keypoints,
-            (1, 1),
-            kernel_init=initializers.torch_uniform,
-            bias_init=initializers.torch_bias(channels),
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.nets = Conv2d(channels, num_keypoints, 1, dtype=dtype, rngs=rngs)
         height, width = size
         x, y = np.meshgrid(np.linspace(-1.0, 1.0, width), np.linspace(-1.0, 1.0, height))
         self.pos_grid = Buffer(jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=1), jnp.float32))  # pixels 2

@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lerobot_jax.features import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from lerobot_jax.nn.attention import MultiheadAttention
+from lerobot_jax.nn.conv import Conv2d
 from lerobot_jax.nn.dropout import dropout, split_key
-from lerobot_jax.nn.initializers import torch_bias, torch_uniform
+from lerobot_jax.nn.initializers import torch_uniform
 from lerobot_jax.nn.linear import Embedding, LayerNorm, Linear
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, ResNet
 from lerobot_jax.nn.variables import Buffer
@@ -124,10 +125,7 @@ class ACT(nnx.Module):
                 rngs=rngs,
             )
             channels = self.backbone.out_channels
-            bias_init = torch_bias(channels)
-            self.encoder_img_feat_input_proj = nnx.Conv(
-                channels, d, (1, 1), kernel_init=torch_uniform, bias_init=bias_init, dtype=dtype, rngs=rngs
-            )
+            self.encoder_img_feat_input_proj = Conv2d(channels, d, 1, dtype=dtype, rngs=rngs)
         xavier = nnx.initializers.xavier_uniform()
         self.encoder = ACTEncoder(config, config.n_encoder_layers, xavier, rngs=rngs)
         self.decoder = ACTDecoder(config, xavier, rngs=rngs)
