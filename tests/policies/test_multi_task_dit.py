@@ -38,6 +38,7 @@ def get_config(variant=""):
             horizon=8, n_action_steps=4, objective="flow_matching", num_integration_steps=2, hidden_dim=16,
             num_layers=1, num_heads=2, timestep_embed_dim=8, image_crop_shape=(32, 32), tokenizer_max_length=24,
             vision_encoder_name="tests/clip-tiny", text_encoder_name="tests/clip-tiny", optimizer_lr=1e-3,
+            scheduler_name="constant",
         ),
         steps=4, batch_size=8, log_freq=2, save_freq=2, env_eval_freq=0, eval_steps=2, ema_decay=0.9,
     )
