@@ -67,7 +67,7 @@ SLOW = {
         "vae_minmax_s0",
     ),
     "diffusion": ("ddim_shared_s0", "ddpm_gn_s0"),
-    "multi_task_dit": (),
+    "multi_task_dit": ("ddim_shared_s0", "flow_rk4_two_encoders_s0"),
 }
 GOLDENS = [
     pytest.param(path.parent, marks=[pytest.mark.slow] * (path.parent.name in SLOW[path.parent.parent.name]))

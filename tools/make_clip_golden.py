@@ -86,12 +86,12 @@ def new_model(config: CLIPConfig) -> CLIPModel:
 
 @torch.no_grad()
 def run(
-    folder: Path, tokens: torch.Tensor, mask: torch.Tensor, images: torch.Tensor
+    folder: Path, texts: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor
 ) -> dict[str, np.ndarray]:
-    """Give what the towers in a folder make of texts and images."""
+    """Give what the towers in a folder make of texts (tokens and mask) and images."""
     vision, text = CLIPVisionModel.from_pretrained(folder), CLIPTextModel.from_pretrained(folder)
     seen = vision(pixel_values=images).last_hidden_state
-    read = text(input_ids=tokens, attention_mask=mask).pooler_output
+    read = text(input_ids=texts[0], attention_mask=texts[1]).pooler_output
     return {"vision": seen.numpy(), "text": read.numpy()}
 
 
@@ -110,12 +110,12 @@ def main() -> None:
         encoded = tokenizer(TEXTS, return_tensors="pt", **settings)
         found[side] = encoded["input_ids"], encoded["attention_mask"].bool()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    arrays = {f"tiny/{k}": v for k, v in run(folder, *found["right"], images).items()}
-    arrays["left/text"] = run(folder, *found["left"], images)["text"]
+    arrays = {f"tiny/{k}": v for k, v in run(folder, found["right"], images).items()}
+    arrays["left/text"] = run(folder, found["left"], images)["text"]
     for name, settings in OTHERS.items():
         other = folder / name
         new_model(make_config(num_tokens, eos_token_id=num_tokens - 1, **settings)).save_pretrained(other)
-        arrays |= {f"{name}/{k}": v for k, v in run(other, *found["right"], images).items()}
+        arrays |= {f"{name}/{k}": v for k, v in run(other, found["right"], images).items()}
         shutil.rmtree(other)
     arrays["images"] = images.movedim(1, -1).numpy()
     for side, (tokens, mask) in found.items():

@@ -87,7 +87,7 @@ VARIANTS = {
         },
     ),
     "ddpm_blind": Variant(
-        about="DDPM without cameras or positions, three observation steps, centre of the schedule clipped",
+        about="DDPM without cameras or positions, three observation steps, tasks cut, a state that never moves",
         inputs={"observation.state": (5,)},
         action=2,
         settings=SMALL
