@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from lerobot_jax.nn import initializers
 from lerobot_jax.nn.conv import Conv2d
+from lerobot_jax.nn.max_pool import max_pool
 from lerobot_jax.nn.norms import FrozenBatchNorm2d
 
 # Channels -> a norm, called with the feature map and whether the policy is in training.
@@ -210,7 +211,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, image: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b h2 w2 c"]:
         conv1, bn1, *stages = (getattr(self, name) for name in self.names)
-        x = max_pool(jax.nn.relu(bn1(conv1(image), train)))
+        x: Any = max_pool(jax.nn.relu(bn1(conv1(image), train)))
         for stage in stages:
             for block in stage:
                 x = block(x, train)
@@ -222,9 +223,3 @@ def feature_map_size(height: int, width: int) -> tuple[int, int]:
     for _ in range(5):  # each halving rounds up
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
-
-
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Take maxima of 3 x 3 windows at stride 2, with a border of one pixel."""
-    border = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), border)
