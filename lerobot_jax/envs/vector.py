@@ -1,6 +1,7 @@
 """Environments side by side, for evaluations."""
 
 import functools
+from typing import Any
 
 import gymnasium
 
@@ -25,8 +26,11 @@ def make_vector_env(
     return gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=manual_reset)
 
 
-def task_texts(envs: gymnasium.vector.VectorEnv) -> list[str]:
+def task_texts(envs: Any) -> list[str]:
     """Give what is to be done in each environment: its `task_description`, or its `task`, as LeRobot asks for them.
+
+    Args:
+        envs: synchronous or asynchronous ones, as `make_vector_env` gives them.
 
     Raises:
         InputError: when an environment has neither, where LeRobot tells the policy an empty text.
