@@ -40,6 +40,8 @@ class FlowMatching:
         if self.strategy not in STRATEGIES:
             known = " or ".join(STRATEGIES)
             raise ValueError(f"timestep_sampling_strategy must be {known}, not '{self.strategy}'")
+        if self.strategy == "uniform":
+            return
         if not 0 < self.s <= 1:
             raise ValueError(f"timestep_sampling_s must be in (0, 1], not {self.s}")
         for name in ("alpha", "beta"):

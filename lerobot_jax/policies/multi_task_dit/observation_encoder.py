@@ -106,7 +106,8 @@ def _vision_settings(config: MultiTaskDiTConfig) -> CLIPVisionSettings:
 
 def _text_settings(config: MultiTaskDiTConfig) -> CLIPTextSettings:
     settings = read_clip_settings(CLIPTextSettings, config.text_encoder_name)
-    if config.tokenizer_max_length > settings.max_position_embeddings:
+    is_too_long = config.tokenizer_max_length > settings.max_position_embeddings
+    if is_too_long and config.tokenizer_padding == "max_length":
         raise InputError(
             f"tokenizer_max_length is {config.tokenizer_max_length}, {config.text_encoder_name} reads at most "
             f"{settings.max_position_embeddings} tokens"
