@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,6 +65,14 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+
+
+class Checkpoint(NamedTuple):
+    """A policy's folder, and where it comes from if that is known."""
+
+    folder: Path
+    run: Path | None = None
+    step: int | None = None
 
 
 def open_run(config: TrainConfig) -> TrainConfig:
@@ -150,6 +158,20 @@ def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
             f"{folder} has no {CONFIG_NAME}; give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
         )
     return folder
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
+    """Find the policy in a run's folder, a checkpoint's folder or a policy's own folder, and what belongs to it.
+
+    Raises:
+        InputError: saying what the folder lacks, or which steps there are.
+    """
+    folder = find_pretrained_model(folder, step)
+    place = folder.resolve()
+    is_of_run = place.name == PRETRAINED_MODEL and place.parent.name.isdigit()
+    if not is_of_run or place.parents[1].name != CHECKPOINTS:
+        return Checkpoint(folder)
+    return Checkpoint(folder, place.parents[2], int(place.parent.name))
 
 
 class CheckpointWriter:

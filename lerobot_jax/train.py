@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
     writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
     pending: list[dict[str, jax.Array]] = []
-    data_wait, since = 0.0, time.monotonic()
+    data_wait, logged_step, since = 0.0, first_step, time.monotonic()
     stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()
     progress = progress_bar("training", config.steps, "step", initial=first_step)
     with StopRequest() as stop, stream, progress as bar:
@@ -164,20 +164,20 @@ def main(argv: Sequence[str]) -> None:
                 means = mean_metrics(jax.device_get(pending))
                 seconds = time.monotonic() - since
                 means["lr"] = float(metrics["lr"])
-                means["steps_per_s"] = len(pending) / seconds
+                means["steps_per_s"] = (step - logged_step) / seconds
                 means["samples_per_s"] = means["steps_per_s"] * batch_size
                 means["data_wait"] = data_wait / seconds
                 check_finite(means["loss"], "loss", step, config)
                 metrics_log.write(step, means)
                 shown = {"loss": means["loss"], "samples/s": means["samples_per_s"]}
                 bar.set_postfix(shown | {"data": f"{means['data_wait']:.0%}"}, refresh=False)
-                pending, data_wait, since = [], 0.0, time.monotonic()
+                pending, data_wait, logged_step, since = [], 0.0, step, time.monotonic()
 
+            paused = time.monotonic()
             if config.eval_steps and (step % config.eval_steps == 0 or is_last):
                 held_out = training_data.held_out_batches(config, sources, policy, samples)
                 losses = held_out_losses(eval_loss, weights, held_out, eval_key, mesh)
                 is_best |= metrics_log.write_scored(step, losses)
-                since = time.monotonic()
 
             if config.env.type and config.env_eval_freq and (step % config.env_eval_freq == 0 or is_last):
                 runner.load(weights["params"], weights["buffers"])
@@ -195,7 +195,6 @@ def main(argv: Sequence[str]) -> None:
                     bar.write(f"step {step}: {describe(info)}")
                     numbers = {k: v for k, v in info["overall"].items() if isinstance(v, int | float)}
                     is_best |= metrics_log.write_scored(step, numbers)
-                since = time.monotonic()
 
             is_due = is_last or is_best or (config.save_freq and step % config.save_freq == 0)
             if config.save_checkpoint and is_due:
@@ -203,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
                 writer.save(step, state, is_best=is_best)
                 if not is_last:
                     plot_curves(config.run_dir)
-                since = time.monotonic()
+            since += time.monotonic() - paused  # evaluating and saving is not training
         if stop.signal and config.save_checkpoint:
             check_finite(largest_weight(state), "largest weight", step, config)
             writer.save(step, state, is_best=False)

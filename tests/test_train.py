@@ -349,6 +349,36 @@ def finish(arguments: list[str], tmp_path: Path) -> None:
     assert start(arguments, tmp_path).wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()[-3000:]
 
 
+@pytest.mark.parametrize("log_freq", [0, 7])
+def test_the_speed_is_that_of_training(
+    log_freq: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a clock by which a batch takes a second, and a save or an evaluation a hundred, between two records."""
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slowed(function, seconds: float):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    def slow_batches(batches, placement):
+        for batch in prefetch(batches, placement):
+            now[0] += 1
+            yield batch
+
+    prefetch = train.loader.prefetch_to_device
+    monkeypatch.setattr(train.loader, "prefetch_to_device", slow_batches)
+    monkeypatch.setattr(train, "held_out_losses", slowed(train.held_out_losses, 100))
+    monkeypatch.setattr(train, "plot_curves", slowed(train.plot_curves, 100))
+    train.main([*arguments, f"--config.log_freq={log_freq}"])
+    logged = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "steps_per_s" in r]
+    assert [r["step"] for r in logged] == ([20] if log_freq == 0 else [7, 14, 20])
+    assert [r["steps_per_s"] for r in logged] == [1.0] * len(logged)
+
+
 def wait_for(condition, process: subprocess.Popen, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():

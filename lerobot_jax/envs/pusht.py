@@ -23,6 +23,7 @@ OBS_KEYS = {
     "environment_state": "observation.environment_state",
 }
 INFO_METRICS = ("coverage",)  # reported by evaluations: the largest value of an episode
+INFO_POSITION = "pos_agent"  # where the agent is, in pixels of the 512 x 512 world
 
 
 class FastPushTEnv(PushTEnv):

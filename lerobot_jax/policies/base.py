@@ -165,6 +165,15 @@ class FunctionalPolicy:
     def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
 
+    def with_settings(self, **settings: Any) -> "FunctionalPolicy":
+        """Give the same arrays under other settings, which must not change their shapes.
+
+        Raises:
+            ValueError: when the settings cannot be.
+        """
+        config = dataclasses.replace(self.config, **settings)
+        return self.replace(config=config, graphdef=_graphdef(config))
+
     @property
     def module(self) -> Policy:
         """The module tree with shapes instead of arrays."""

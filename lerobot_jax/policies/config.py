@@ -93,6 +93,11 @@ class PolicyConfig(abc.ABC):
         return None
 
     @property
+    def denoising_steps(self) -> tuple[str, int] | None:
+        """The setting that says in how many steps noise becomes actions, and its value; None: there is none."""
+        return None
+
+    @property
     def drop_n_last_frames(self) -> int | None:
         """How many frames at the end of an episode are not trained on; None: as many as suit the policy."""
         return 0

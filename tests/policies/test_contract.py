@@ -108,6 +108,30 @@ def test_per_sample_losses(policy: FunctionalPolicy):
     np.testing.assert_allclose(losses.mean(), loss, rtol=1e-5)
 
 
+def test_a_choice_of_denoising_steps_is_told(policy: FunctionalPolicy):
+    """Under LeRobot's names for it; another number acts with the same weights."""
+    names = {field.name for field in dataclasses.fields(policy.config)}
+    if policy.config.denoising_steps is None:
+        assert not names & {
+            "num_inference_steps",
+            "num_integration_steps",
+            "num_denoising_steps",
+            "num_steps",
+        }
+        return
+    name, steps = policy.config.denoising_steps
+    assert steps == getattr(policy.config, name) or getattr(policy.config, name) is None
+    other = policy.with_settings(**{name: steps - 1})
+    assert other.config.denoising_steps == (name, steps - 1)
+    batch = policy.preprocess(make_batch(policy))
+    before, after = (
+        jax.make_jaxpr(each.sample_actions)(policy.params, policy.buffers, batch, jax.random.key(0))
+        for each in (policy, other)
+    )
+    assert after.out_avals == before.out_avals
+    assert str(after) != str(before)
+
+
 def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):
     observation = policy.preprocess(make_batch(policy))
     sample = jax.jit(policy.sample_actions)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from lerobot_jax import sharding, state_dict, torch_state, train, training_data, visualize
+from lerobot_jax.comparison import latency
 from lerobot_jax.config import DatasetConfig, EnvConfig, EvalConfig, SourceConfig, TrainConfig
 from lerobot_jax.envs import pusht
 from lerobot_jax.errors import InputError
@@ -27,6 +28,7 @@ from tests.goldens import CLIP
 from tests.test_train import assert_same_run
 
 RECIPE = """
+from lerobot_jax.comparison import latency
 from lerobot_jax.config import DatasetConfig, TrainConfig
 from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
 
@@ -142,7 +144,8 @@ def test_each_sample_comes_with_its_own_task(root: Path, tmp_path: Path, mode: s
 
 def test_the_environment_says_what_to_do(tmp_path: Path, monkeypatch):
     config = dataclasses.replace(TINY, input_features=PUSHT, image_resize_shape=(32, 32))
-    runner = new_policy(config).make_runner(2)
+    policy = new_policy(config)
+    runner = policy.make_runner(2)
     tasks, select_action = [], runner.select_action
 
     def watched(observation, slots):
@@ -155,6 +158,9 @@ def test_the_environment_says_what_to_do(tmp_path: Path, monkeypatch):
     assert evaluate(runner, env, settings, seed=0, output_dir=tmp_path) is not None
     assert tasks == [["Push the T-shaped block onto the T-shaped target."] * 2] * 3
     check_environment(config, env)
+    for variant in latency.make_variants("tiny", policy, env, 0, [2]):
+        assert variant.observation[TASK] == tasks[0][:1]
+        assert variant.denoising_steps in (2, 3)
     monkeypatch.delattr(pusht.FastPushTEnv, "task_description")
     with pytest.raises(InputError, match="told what to do, but the environment has no task_description"):
         check_environment(config, env)

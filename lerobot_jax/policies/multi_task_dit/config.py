@@ -227,6 +227,12 @@ class MultiTaskDiTConfig(PolicyConfig):
         return self.num_train_timesteps if self.num_inference_steps is None else self.num_inference_steps
 
     @property
+    def denoising_steps(self) -> tuple[str, int]:
+        if self.objective == "flow_matching":
+            return "num_integration_steps", self.num_integration_steps
+        return "num_inference_steps", self.num_sampling_steps
+
+    @property
     def flow_matching(self) -> FlowMatching:
         return FlowMatching(
             self.sigma_min,
