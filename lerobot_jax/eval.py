@@ -24,6 +24,7 @@ from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import EnvConfig, EvalConfig, option_values, parse
 from lerobot_jax.data.video import write_video
 from lerobot_jax.errors import InputError, reported_on_one_line
+from lerobot_jax.features import TASK
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.policies.base import find_policy, load_config, load_policy
@@ -132,6 +133,7 @@ def _run_episodes(
     title: str,
 ) -> list[Episode] | None:
     from lerobot_jax.envs.pusht import INFO_POSITION
+    from lerobot_jax.envs.vector import task_texts
 
     num_envs, fps = envs.num_envs, envs.metadata.get("render_fps", 10)
     waiting = [Episode(i, seed + i, fps) for i in reversed(range(config.n_episodes))]
@@ -139,6 +141,7 @@ def _run_episodes(
     running: list[Episode | None] = [None] * num_envs
     resets = np.ones(num_envs, bool)  # which environments are to begin an episode
     observation: Any = None
+    task: dict[str, list[str]] = {}
     with progress_bar(title, config.n_episodes, "episode") as bar:
         while len(done) < config.n_episodes:
             if should_stop():
@@ -154,9 +157,11 @@ def _run_episodes(
                 for i in np.flatnonzero(resets):
                     if (episode := running[i]) is not None:
                         episode.positions.append(info[INFO_POSITION][i])
+                if runner.policy.preprocessor.has_text:
+                    task = {TASK: task_texts(envs)}
                 _record(envs, running, config, resets)
             active = [i for i, episode in enumerate(running) if episode is not None]
-            actions = runner.select_action(observation, active)
+            actions = runner.select_action({**observation, **task}, active)
             observation, rewards, terminated, truncated, info = envs.step(actions)
             resets = terminated | truncated
             _record(envs, running, config, ~np.zeros(num_envs, bool))
@@ -255,11 +260,13 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def check_environment(policy: PolicyConfig, env: EnvConfig) -> None:
-    """Raise `InputError` unless the environment takes the policy's action and shows what the policy needs."""
-    from lerobot_jax.envs.vector import make_vector_env, observation_type
+    """Raise `InputError` unless the environment takes the policy's action, shows and says what it needs."""
+    from lerobot_jax.envs.vector import make_vector_env, observation_type, task_texts
 
     envs = make_vector_env(env, observation_type(env, policy.input_features), 1, use_async_envs=False)
     shown, taken = sorted(envs.single_observation_space.keys()), envs.single_action_space.shape  # type: ignore
+    if policy.text_steps:
+        task_texts(envs)
     envs.close()
     if policy.action_feature.shape != taken:
         raise InputError(

@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
         f"{num_params:,}",
         "" if len(runs) == 1 else f" for each of {len(runs)} seeds",
         sum(len(source.train_episodes) for source in sources),
-        sum(source.num_train_frames(policy.config.drop_n_last_frames) for source in sources),
+        sum(source.num_train_frames(policy.config.num_dropped_frames) for source in sources),
         batch_size,
         layout.mesh.size,
         jax.default_backend(),

@@ -27,7 +27,7 @@ from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.windows import policy_delta_timestamps
 from lerobot_jax.errors import InputError, reported_on_one_line
-from lerobot_jax.features import ACTION
+from lerobot_jax.features import ACTION, TASK
 from lerobot_jax.files import read_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import METRICS_NAME, read_metrics
@@ -187,6 +187,8 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
         return policy.postprocess(actions, observation)
 
     observation = {key: batch[key] for key in policy.config.input_features}
+    if policy.preprocessor.has_text:
+        observation = policy.tokenize(observation | {TASK: batch[TASK]})
     predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))
     dims = batch[ACTION].shape[-1]
     trained, sampled = policy.config.action_delta_indices, policy.config.sampled_delta_indices

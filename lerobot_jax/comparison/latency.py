@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from lerobot_jax.config import EnvConfig
+from lerobot_jax.features import TASK
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.rollout import Runner
@@ -91,9 +92,11 @@ def _time_of_chunk(variant: Variant, episode: int) -> float:
 
 
 def _first_observation(policy: FunctionalPolicy, env: EnvConfig, seed: int) -> Mapping[str, Any]:
-    from lerobot_jax.envs.vector import make_vector_env, observation_type
+    from lerobot_jax.envs.vector import make_vector_env, observation_type, task_texts
 
     envs = make_vector_env(env, observation_type(env, policy.config.input_features), 1, use_async_envs=False)
     observation, _ = envs.reset(seed=seed)
+    if policy.preprocessor.has_text:
+        observation = {**observation, TASK: task_texts(envs)}
     envs.close()
     return observation

@@ -5,3 +5,11 @@ from flax import nnx
 
 class Buffer(nnx.Variable):
     """State that is not trained but belongs to the model: torch's buffers (frozen norms, position tables)."""
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turn a module's parameters into buffers: it is exported, but neither trained nor decayed."""
+    for _, part in nnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, nnx.Param):
+                setattr(part, name, Buffer(value.get_value()))

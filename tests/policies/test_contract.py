@@ -11,14 +11,16 @@ import pytest
 
 import lerobot_jax.policies
 from lerobot_jax import torch_state
-from lerobot_jax.features import FeatureType
+from lerobot_jax.features import TASK, FeatureType
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
 from lerobot_jax.policies.config import group_of
 
 NAMES = [module.name for module in pkgutil.iter_modules(lerobot_jax.policies.__path__) if module.ispkg]
 
 # They denoise whole chunks, with what pads them; at most their loss leaves it out.
-PADDING_IS_SEEN = ("diffusion",)
+PADDING_IS_SEEN = ("diffusion", "multi_task_dit")
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 @pytest.fixture(params=NAMES)
@@ -57,6 +59,8 @@ def make_batch(policy: FunctionalPolicy, batch_size: int = 3) -> dict:
             batch[key] = rng.normal(size=(batch_size, *past, *feature.shape)).astype(np.float32)
     batch["action"] = rng.normal(size=(batch_size, steps, *config.action_feature.shape)).astype(np.float32)
     batch["action_is_pad"] = np.arange(steps)[None] >= np.array([steps, steps - 1, steps - 2])[:, None]
+    if policy.preprocessor.has_text:
+        batch = policy.tokenize(batch | {TASK: [f"pick up {i} cubes" for i in range(batch_size)]})
     return batch
 
 
