@@ -333,7 +333,7 @@ def _host_samples(
     """Give the samples in the order of a seed, read on the host."""
     parts: list[Samples] = []
     for i, source in enumerate(sources):
-        rows = source.dataset.rows_of(source.train_episodes, config.policy.drop_n_last_frames)
+        rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
         parts.append(ShuffledRows(source.dataset, rows, batch_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
