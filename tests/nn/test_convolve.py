@@ -45,6 +45,28 @@ def test_gradients_are_those_of_jax(size, kernel_size, stride, padding, dilation
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("mapped", [(0, 0), (0, None), (None, 0)])
+def test_several_kernels_take_turns(mapped):
+    shapes = [((2,) if axis == 0 else ()) for axis in mapped]
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (*shapes[0], 3, 6, 5, 4))
+    kernel = jax.random.normal(keys[1], (*shapes[1], 3, 3, 4, 2))
+
+    def mapped_gradients(function):
+        def loss(x, kernel):
+            return (function(x, kernel, 2, 1, 1) ** 2).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss, (0, 1)), mapped))
+
+    expected = mapped_gradients(reference)(x, kernel)
+    step = mapped_gradients(convolve)
+    for ours, theirs in zip(step(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    text = step.lower(x, kernel).as_text()
+    groups = {line.split("feature_group_count = ")[1][0] for line in text.splitlines() if "_group_c" in line}
+    assert groups == {"1"}
+
+
 def test_other_devices_keep_the_rule_of_jax():
     """On GPUs the gradients must reach cuDNN as what they are."""
     x, kernel, dy = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4)), jnp.ones((2, 4, 4, 4))
