@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import checkpoint, optim, sharding, training_data
 from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
@@ -128,7 +129,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
     loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
-    train_step = jax.jit(make_train_step(loss_fn, optimizer, config), donate_argnums=0)
+    train_step = make_train_step(loss_fn, optimizer, config, policy.progress)
+    train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, batch, step_key).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)
     eval_loss = jax.jit(make_eval_loss(policy, preprocess))
@@ -278,11 +280,16 @@ def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
     return mean_loss if len(names) == 1 else mixed_loss
 
 
-def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, config: TrainConfig):
+def make_train_step(
+    loss_fn: Any,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    progress: Collection[tuple[Any, ...]] = (),
+):
     """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
 
     All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
-    axis of micro-batches.
+    axis of micro-batches, which all see the buffers in `progress` as they were before the step.
     """
     augment = random_transforms(config.dataset.image_transforms)
 
@@ -298,15 +305,18 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
         if num == 1:
             return gradient(params, buffers, batch, key)
 
+        before = {path: x for path, x in flatten_dict(buffers).items() if path in progress}
+
         def add(carry, inputs):
             total, buffers = carry
+            buffers = unflatten_dict(flatten_dict(buffers) | before)
             grads, (metrics, buffers) = gradient(params, buffers, *inputs)
             return (jax.tree.map(jnp.add, total, grads), buffers), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
         means = {
-            name: jnp.nanmean(x) if _is_of_one_dataset(name) else jnp.mean(x) for name, x in metrics.items()
+            name: jnp.mean(x) if _is_in_every_step(name) else jnp.nanmean(x) for name, x in metrics.items()
         }
         return jax.tree.map(lambda g: g / num, total), (means, buffers)
 
@@ -367,14 +377,15 @@ def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
     found = {}
     for name in steps[0]:
         values = np.array([step[name] for step in steps])
-        known = values[~np.isnan(values)] if _is_of_one_dataset(name) else values
+        known = values if _is_in_every_step(name) else values[~np.isnan(values)]
         if len(known):
             found[name] = float(np.mean(known))
     return found
 
 
-def _is_of_one_dataset(metric: str) -> bool:
-    return metric.startswith("loss/")
+def _is_in_every_step(metric: str) -> bool:
+    """Tell whether NaN means that training has diverged, and not that a step does not have the metric."""
+    return metric in ("loss", "grad_norm")
 
 
 @jax.jit
