@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --lerobot_python=/path/to/lerobot/bin/python
     python benchmarks/train_step.py --lerobot_python=/path/to/lerobot/bin/python --policy=diffusion
 
-ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`; one 96x96
-camera, batch 8. A step is normalization, forward, backward, clipping and the optimizer, from a batch in host
+ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`, VQ-BeT those of
+`lerobot/vqbet_pusht`, and it has learned its codes (with `--options='{"n_vqvae_training_steps": 1000}'` it learns
+them); one 96x96 camera, batch 8. A step is normalization, forward, backward, clipping and the optimizer, from a batch in host
 memory. Each side has a process of its own; they take turns, so that both see the same machine.
 """
 
@@ -23,6 +24,7 @@ SIDES = ("lerobot_jax", "lerobot")
 OPTIONS: dict[str, dict[str, Any]] = {
     "act": {},
     "diffusion": {"horizon": 16, "n_action_steps": 8, "crop_shape": (84, 84), "use_group_norm": True},
+    "vqbet": {"n_vqvae_training_steps": 1, "n_action_pred_token": 7, "use_group_norm": True},
 }
 
 

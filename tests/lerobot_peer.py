@@ -95,17 +95,22 @@ def act(folder: str, observations: str) -> Arrays:
     return {"chunk": chunk.numpy(), "actions": torch.stack(actions).numpy()}
 
 
-def make_act(
-    folder: str, inputs: dict[str, list[int]], action: int, settings: dict, rename_map: dict[str, str]
+def make_stock_policy(
+    policy: str,
+    folder: str,
+    inputs: dict[str, list[int]],
+    action: int,
+    settings: dict,
+    rename_map: dict[str, str],
 ) -> Arrays:
-    """Save an ACT policy as stock LeRobot makes it, with random weights and statistics."""
+    """Save a policy of a type as stock LeRobot makes it, with random weights and statistics."""
     kinds = {"observation.state": FeatureType.STATE, "observation.environment_state": FeatureType.ENV}
     features = {
         key: PolicyFeature(kinds.get(key, FeatureType.VISUAL), tuple(shape)) for key, shape in inputs.items()
     }
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (action,))}
     config = make_policy_config(
-        "act",
+        policy,
         input_features=features,
         output_features=outputs,
         pretrained_backbone_weights=None,
@@ -113,18 +118,18 @@ def make_act(
         **settings,
     )
     torch.manual_seed(0)
-    policy = get_policy_class("act")(config)
-    for name, value in policy.state_dict().items():  # also what starts as zeros and ones
+    module = get_policy_class(policy)(config)
+    for name, value in module.state_dict().items():  # also what starts as zeros and ones
         if name.endswith("running_var"):
             value.uniform_(0.5, 1.5)
-        else:
+        elif value.is_floating_point():
             value.add_(0.02 * torch.randn(value.shape))
     stats = {key: _random_stats(feature) for key, feature in (features | outputs).items()}
     pre, post = make_pre_post_processors(config, dataset_stats=stats)
     rename = pre.steps[0]
     assert isinstance(rename, RenameObservationsProcessorStep)
     rename.rename_map = rename_map
-    for part in (policy, pre, post):
+    for part in (module, pre, post):
         part.save_pretrained(folder)
     return {}
 
@@ -318,7 +323,7 @@ class MovingPicture:
     def release(self) -> None: ...
 
 
-COMMANDS = {f.__name__: f for f in (write_dataset, read_dataset, act, make_act, initialize, rollout)}
+COMMANDS = {f.__name__: f for f in (write_dataset, read_dataset, act, make_stock_policy, initialize, rollout)}
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ SLOW = {
         "vae_minmax_s0",
     ),
     "diffusion": ("ddim_shared_s0", "ddpm_gn_s0"),
-    "vqbet": (),
+    "vqbet": ("one_step_s0",),
 }
 GOLDENS = [
     pytest.param(path.parent, marks=[pytest.mark.slow] * (path.parent.name in SLOW[path.parent.parent.name]))
