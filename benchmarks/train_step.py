@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --lerobot_python=/path/to/lerobot/bin/python --policy=diffusion
 
 ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`, VQ-BeT those of
-`lerobot/vqbet_pusht`, and it has learned its codes (with `--options='{"n_vqvae_training_steps": 1000}'` it learns
-them); one 96x96 camera, batch 8. A step is normalization, forward, backward, clipping and the optimizer, from a batch in host
+`lerobot/vqbet_pusht`, after it has learned its codes (before: `--options='{"n_vqvae_training_steps": 1000}'`); one
+96x96 camera, batch 8. A step is normalization, forward, backward, clipping and the optimizer, from a batch in host
 memory. Each side has a process of its own; they take turns, so that both see the same machine.
 """
 

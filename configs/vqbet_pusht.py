@@ -9,8 +9,8 @@ The settings are those with which LeRobot's published `lerobot/vqbet_pusht` was 
 (lerobot/configs/policy/vqbet.yaml): group norm and no pretrained weights, 7 predicted chunks of 5 actions from 5
 observation steps, 16 codes in each codebook, learned in the first 20,000 of 250,000 steps of batch 64; random crops
 to 84 x 84. They differ from LeRobot's defaults of today in `use_group_norm`, `pretrained_backbone_weights` and
-`n_action_pred_token`. Two things differ from that recipe: images were normalized with a mean and a deviation of 0.5,
-here, as LeRobot does today, they are not; and the ranges of state and action are those of the dataset at hand.
+`n_action_pred_token`. Two things differ from that recipe: images were normalized with a mean and a deviation of
+0.5, while here, as in LeRobot today, they are not; and the ranges of state and action are those of the dataset.
 """
 
 from lerobot_jax.config import DatasetConfig, EnvConfig, EvalConfig, TrainConfig

@@ -106,7 +106,7 @@ def test_vqbets_schedule_waits_and_then_falls_as_if_it_had_not():
     waves = schedule(type="vqbet", num_warmup_steps=0, num_vqvae_training_steps=5, num_cycles=2.0)
     expected = [1, *(0.5 * (1 + np.cos(np.pi * 4 * step / 100)) for step in (0, 5, 50, 95))]
     assert waves == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(InputError, match="scheduler.num_vqvae_training_steps is needed by vqbet"):
+    with pytest.raises(InputError, match=r"scheduler.num_vqvae_training_steps is needed by vqbet"):
         schedule(type="vqbet")
 
 

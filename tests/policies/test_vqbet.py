@@ -89,12 +89,8 @@ def test_phases_change_in_a_run_and_in_a_resumed_one(tmp_path: Path):
             tree = tree[name]
         return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
-    assert all(
-        (a == b).all()
-        for a, b in zip(
-            part(4, "action_head", "vqvae_model"), part(6, "action_head", "vqvae_model"), strict=True
-        )
-    )
+    learned, kept = (part(step, "action_head", "vqvae_model") for step in (4, 6))
+    assert all((a == b).all() for a, b in zip(learned, kept, strict=True))
     assert any((a != b).any() for a, b in zip(part(4, "policy"), part(6, "policy"), strict=True))
     records = read_metrics(tmp_path / "whole/metrics.jsonl")
     assert ["recon_l1_error" in row for row in records] == [True] * 3 + [False] * 3
@@ -162,7 +158,7 @@ def test_focal_loss_is_the_cross_entropy_of_what_is_wrong():
         ({"gpt_block_size": 6}, "gpt_block_size must be at least 7"),
         ({"use_group_norm": True, "pretrained_backbone_weights": "x"}, "group norm does not suit"),
         ({"use_group_norm": True}, "a multiple of 16 channels, not 4"),
-        ({"crop_shape": (28,)}, r"crop_shape must be \(height, width\)"),
+        ({"crop_shape": (28, 0)}, r"crop_shape must be \(height, width\)"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"bet_softmax_temperature": 0.0}, "bet_softmax_temperature must be positive"),
         ({"n_vqvae_training_steps": -1}, "n_vqvae_training_steps must not be negative"),

@@ -241,8 +241,8 @@ def test_stock_generates_our_actions_from_the_same_noise(tmp_path: Path, name: s
 
 def test_our_vqbet_loads_stocks_and_chooses_the_same_codes(stock: Peer, tmp_path: Path):
     small = {"gpt_n_layer": 2, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 32, "vqvae_n_embed": 7}
-    inputs = {"observation.image": (3, 64, 60), "observation.state": (4,)}
-    settings = small | {"crop_shape": (60, 57), "n_obs_steps": 2, "bet_softmax_temperature": 1.0}
+    inputs = {"observation.image": (3, 90, 86), "observation.state": (4,)}
+    settings = small | {"n_obs_steps": 2, "bet_softmax_temperature": 1.0}
     what = {"policy": "vqbet", "inputs": inputs, "action": 3, "settings": settings, "rename_map": {}}
     stock("make_stock_policy", folder=tmp_path, **what)
     convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
