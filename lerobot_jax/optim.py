@@ -91,7 +91,7 @@ def in_phases(
         make_rule: builds the transformation for a phase, given a function that gives its part of a tree.
     """
     phase_of = {
-        path: next(str(i) for i, pattern in enumerate(patterns) if re.match(pattern, name))
+        path: next(str(i) for i, pattern in enumerate(patterns) if re.match(pattern, str(name)))
         for path, name in flatten_dict(names).items()
     }
 
@@ -106,7 +106,7 @@ def in_phases(
     def init(params):
         return {phase: rule.init(parts[phase](params)) for phase, rule in rules.items()}
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         moves, states = {}, {}
         for phase, rule in rules.items():
             gradients = parts[phase](updates)

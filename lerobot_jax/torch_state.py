@@ -170,7 +170,7 @@ def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: s
 
 def _counters(module: nnx.Module) -> dict[tuple[str | int, ...], jax.Array]:
     """Give what no state dict has, as it is at the beginning."""
-    shapes = flatten_dict(nnx.to_pure_dict(nnx.state(module, Counter)))
+    shapes: dict[Any, Any] = {**flatten_dict(nnx.to_pure_dict(nnx.state(module, Counter)))}
     return {path: jnp.zeros(count.shape, count.dtype) for path, count in shapes.items()}
 
 

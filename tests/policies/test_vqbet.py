@@ -37,7 +37,7 @@ def get_config(variant=""):
             vqvae_kmeans_init=True, gpt_block_size=12, gpt_input_dim=8, gpt_output_dim=8, gpt_n_layer=1,
             gpt_n_head=2, gpt_hidden_dim=8, scheduler_warmup_steps=1,
         ),
-        steps=6, batch_size=4, log_freq=1, save_freq=2, keep_last=0, env_eval_freq=0, ema_decay=0.9,
+        steps=6, batch_size=8, log_freq=1, save_freq=2, keep_last=0, env_eval_freq=0, ema_decay=0.9,
         gradient_accumulation_steps=2,
     )
 """

@@ -124,9 +124,7 @@ class EuclideanCodebook(nnx.Module):
 
     def __init__(self, config: VQBeTConfig, *, rngs: nnx.Rngs):
         num, d = config.vqvae_n_embed, config.vqvae_embedding_dim
-        bound = math.sqrt(
-            6 / (num * d)
-        )  # kaiming_uniform_, which takes the number of codes for a kernel's size
+        bound = math.sqrt(6 / (num * d))  # kaiming_uniform_, to which all this is one input
         embed = jax.random.uniform(rngs.params(), (1, num, d), jnp.float32, -bound, bound)
         self.has_kmeans_init = config.vqvae_kmeans_init
         self.initted = Buffer(jnp.full(1, 0.0 if self.has_kmeans_init else 1.0))
