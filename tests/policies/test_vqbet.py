@@ -110,12 +110,9 @@ def test_codes_begin_as_the_centres_of_clusters_if_asked():
     layer = new_vqvae(vqvae_kmeans_init=True).vq_layer
     book = layer.codebooks[0]
     assert not book.initted[0]
-    for seed in range(9):  # clusters that begin with two centres in one of these groups may stay so
-        trial = new_vqvae(vqvae_kmeans_init=True).vq_layer
-        quantized = trial(x, False, jax.random.key(seed))
-        if len(np.unique(quantized.codes[:, 0])) == 3 and np.abs(quantized.vectors - x).max() < 0.1:
-            layer, book = trial, trial.codebooks[0]
-            break
+    # This key begins with a vector of each cluster; others need not find them.
+    quantized = layer(x, False, jax.random.key(1))
+    np.testing.assert_allclose(quantized.vectors, x, atol=0.05)
     order = np.argsort(book.embed[0, :, 0])
     np.testing.assert_allclose(book.embed[0, order], centres[jnp.array([2, 0, 1])], atol=0.05)
     np.testing.assert_array_equal(book.cluster_size[0, order], [8, 5, 3])
