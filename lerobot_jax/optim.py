@@ -83,7 +83,7 @@ def in_phases(
     """Update the parameters of each phase of training only in steps in which any of them has a gradient.
 
     So do PyTorch's optimizers: a parameter without gradient (None) keeps its value, its moments and its own count
-    of steps, and is not decayed.
+    of steps, and is not decayed. Here, a phase has no gradient if all of its gradients are exactly 0.
 
     Args:
         patterns: of dotted names, one a phase; the first match counts.
