@@ -6,17 +6,17 @@
       checkpoints/005000/training_state/     what a resumed run continues from
       checkpoints/last -> 005000, checkpoints/best -> 004000
 
+With several seeds, each has such a folder, outputs/<job>/seed_<seed>/, beside the train_config.json of them all.
+
 A checkpoint is written beside its place and appears there by one rename, so it is complete or absent.
 """
 
 import dataclasses
 import json
-import os
 import shutil
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from lerobot_jax import optim
-from lerobot_jax.certificate import Certifier
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
@@ -67,6 +66,14 @@ FREE_ON_RESUME = (
 )
 
 
+class Checkpoint(NamedTuple):
+    """A policy's folder, and where it comes from if that is known."""
+
+    folder: Path
+    run: Path | None = None
+    step: int | None = None
+
+
 def open_run(config: TrainConfig) -> TrainConfig:
     """Check that the run's folder is free, or holds a run that can be continued.
 
@@ -78,23 +85,36 @@ def open_run(config: TrainConfig) -> TrainConfig:
             changes what is computed differs from the run's.
     """
     folder = config.run_dir
-    steps = saved_steps(folder)
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        before = read_json(folder / TRAIN_CONFIG_NAME)
+        before = {"num_seeds": 1} | read_json(
+            folder / TRAIN_CONFIG_NAME
+        )  # runs from before there was a number
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])
-        for rest in (folder / CHECKPOINTS).glob(".*"):
-            _remove(rest)
+        _tell_of_later_checkpoints(config)
+        for rest in (rest for run in config.runs for rest in (run.run_dir / CHECKPOINTS).glob(".*")):
+            remove(rest)
     elif folder.exists() and any(folder.iterdir()):
+        steps = common_steps(config.runs)
         last = f" (last checkpoint: step {steps[-1]})" if steps else ""
         raise InputError(
             f"{folder} already holds a run{last}: continue it with --config.resume=True, or choose another "
             "folder with --config.output_dir=..."
         )
     return config
+
+
+def _tell_of_later_checkpoints(config: TrainConfig) -> None:
+    """Say from where several seeds go on when some of them have later checkpoints."""
+    last = (common_steps(config.runs) or [0])[-1]
+    ahead = [str(run.seed) for run in config.runs if saved_steps(run.run_dir)[-1:] > [last]]
+    if ahead:
+        logging.warning(
+            "going on at step %d, the last that all seeds have; later are %s", last, ", ".join(ahead)
+        )
 
 
 def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConfig:
@@ -108,9 +128,12 @@ def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConf
 
 
 def write_train_config(config: TrainConfig) -> None:
-    """Write the run's train_config.json."""
+    """Write the run's train_config.json; with several seeds also that of each."""
     write_json(config.to_dict(), config.run_dir / TRAIN_CONFIG_NAME)
-    (config.run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+    for run in config.runs:
+        if run is not config:
+            write_json(run.to_dict(), run.run_dir / TRAIN_CONFIG_NAME)
+        (run.run_dir / CHECKPOINTS).mkdir(exist_ok=True)
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -118,6 +141,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     folder = run_dir / CHECKPOINTS
     names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     return sorted(int(name) for name in names)
+
+
+def common_steps(runs: Iterable[TrainConfig]) -> list[int]:
+    """List the steps of which all runs have a checkpoint, in order."""
+    return sorted(set.intersection(*(set(saved_steps(run.run_dir)) for run in runs)))
 
 
 def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
@@ -146,116 +174,29 @@ def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
     if (folder / PRETRAINED_MODEL).is_dir():
         folder = folder / PRETRAINED_MODEL
     if not (folder / CONFIG_NAME).exists():
+        seeds = sorted(path.name for path in folder.glob("seed_*") if (path / CHECKPOINTS).is_dir())
+        if seeds:
+            raise InputError(
+                f"{folder} is a run of several seeds; give the folder of one: {', '.join(seeds)}"
+            )
         raise InputError(
             f"{folder} has no {CONFIG_NAME}; give a run's folder, a checkpoint's, or a {PRETRAINED_MODEL} folder"
         )
     return folder
 
 
-class CheckpointWriter:
-    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
+def find_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
+    """Find the policy in a run's folder, a checkpoint's folder or a policy's own folder, and what belongs to it.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        policy: FunctionalPolicy,
-        variants: Mapping[str, FunctionalPolicy] | None = None,
-    ):
-        """Args:
-        config: the run's.
-        policy: what is saved.
-        variants: in a mixture, the same policy with the processors for each dataset, by the dataset's name.
-        """
-        self._config, self._policy, self._variants = config, policy, dict(variants or {})
-        self._folder = config.run_dir.resolve() / CHECKPOINTS
-        self._certifier = Certifier(policy)
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        self._thread: threading.Thread | None = None
-        self._error: InputError | None = None
-
-    def save(self, step: int, state: Tree, *, is_best: bool) -> None:
-        """Start saving the state after `step` updates. Waits for, and reports a failure of, the save before."""
-        self.wait()
-        name = f"{step:06d}"
-        if (self._folder / name).exists():
-            self._publish(name, is_best)
-            return
-        partial = self._folder / f".partial-{name}"
-        _remove(partial)
-        weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
-        try:
-            self._check_space(partial, state, weights)
-            self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))
-        except OSError as error:
-            _remove(partial)
-            raise InputError(self._failure(name, error)) from None
-        certified = self._certifier.act(**weights)
-        # Copied, not viewed: the next step reuses the memory of these arrays.
-        weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
-        self._thread = threading.Thread(
-            target=self._finish, args=(partial, name, weights, certified, is_best)
-        )
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until what was started is on disk; raise `InputError` if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _finish(self, partial: Path, name: str, weights: Tree, certified: Tree, is_best: bool) -> None:
-        try:
-            try:
-                model = partial / PRETRAINED_MODEL
-                self._policy.replace(**weights).save_pretrained(model, certified)
-                for dataset, variant in self._variants.items():
-                    variant.save_processors(model / DATASETS / dataset)
-                write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
-            finally:
-                self._orbax.wait_until_finished()
-            _sync(partial)
-            partial.rename(self._folder / name)
-            self._publish(name, is_best)
-        except Exception as error:  # reported by the next wait()
-            self._error = InputError(self._failure(name, error))
-            _remove(partial)
-
-    def _publish(self, name: str, is_best: bool) -> None:
-        for link in ["last"] + ["best"] * is_best:
-            temporary = self._folder / f".{link}"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(name)
-            os.replace(temporary, self._folder / link)
-        self._remove_old()
-
-    def _remove_old(self) -> None:
-        if self._config.keep_last == 0:
-            return
-        best = self._folder / "best"
-        kept = os.readlink(best) if best.is_symlink() else None
-        for step in saved_steps(self._config.run_dir)[: -self._config.keep_last]:
-            old = self._folder / f"{step:06d}"
-            if old.name != kept:
-                doomed = self._folder / f".removed-{old.name}"
-                old.rename(doomed)  # first out of sight, so that no half of it is ever seen
-                _remove(doomed)
-
-    def _check_space(self, partial: Path, *trees: Tree) -> None:
-        needed = sum(leaf.nbytes for tree in trees for leaf in jax.tree.leaves(tree))
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise OSError(f"No space left on device: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-
-    def _failure(self, name: str, error: Exception) -> str:
-        steps = saved_steps(self._config.run_dir)
-        last = f"the last good one is {steps[-1]:06d}" if steps else "there is none yet"
-        return (
-            f"{self._folder / name}: could not save the checkpoint ({error}); {last}; make room, then continue "
-            "with --config.resume=True"
-        )
+    Raises:
+        InputError: saying what the folder lacks, or which steps there are.
+    """
+    folder = find_pretrained_model(folder, step)
+    place = folder.resolve()
+    is_of_run = place.name == PRETRAINED_MODEL and place.parent.name.isdigit()
+    if not is_of_run or place.parents[1].name != CHECKPOINTS:
+        return Checkpoint(folder)
+    return Checkpoint(folder, place.parents[2], int(place.parent.name))
 
 
 def load_variant(policy: FunctionalPolicy, folder: Path, dataset: str) -> FunctionalPolicy:
@@ -376,15 +317,8 @@ def _warn_of_another_schedule(config: TrainConfig, steps_before: int) -> None:
         )
 
 
-def _sync(folder: Path) -> None:
-    """Force a folder's files to disk."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

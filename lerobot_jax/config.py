@@ -273,6 +273,9 @@ class TrainConfig:
     """Continue the run in output_dir from its last checkpoint, exactly."""
     seed: int = 1000
     """Everything random follows from it: initial weights, order of the data, noise, evaluation episodes."""
+    num_seeds: int = 1
+    """Train so many policies at once, with the seeds seed, seed + 1, ...; each is that of a run with its seed alone
+    and has a folder of its own."""
     steps: int = 100_000
     """Optimizer updates."""
     batch_size: int = 8
@@ -307,14 +310,25 @@ class TrainConfig:
     """What makes a checkpoint the best; None: avg_max_reward with an environment, else eval_loss."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "num_workers", "prefetch_factor"):
+        counts = ("num_seeds", "steps", "batch_size", "gradient_accumulation_steps", "num_workers")
+        for name in (*counts, "prefetch_factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("log_freq", "eval_steps", "max_eval_samples", "env_eval_freq", "save_freq", "keep_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, it is {self.seed}")
+        last_seed = self.seed + self.num_seeds - 1
+        if not 0 <= self.seed <= last_seed < 2**32:
+            seeds = f"it is {self.seed}" if self.num_seeds == 1 else f"they are {self.seed} to {last_seed}"
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, {seeds}")
+        for_one_seed = {
+            "dataset.streaming": self.dataset.streaming,
+            "wandb.enable": self.wandb.enable,
+            "policy.push_to_hub": self.policy.push_to_hub,
+        }
+        for name, is_on in for_one_seed.items():
+            if is_on and self.num_seeds > 1:
+                raise ValueError(f"{name} works with one seed only; num_seeds is {self.num_seeds}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
         if self.eval_steps and not self.dataset.eval_split:
@@ -337,6 +351,18 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir or f"outputs/{self.name}")
+
+    @property
+    def runs(self) -> "list[TrainConfig]":
+        """The runs that are trained together, one a seed; with one seed, this config itself."""
+        if self.num_seeds == 1:
+            return [self]
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        alone = dataclasses.replace(self, num_seeds=1)
+        return [
+            dataclasses.replace(alone, seed=seed, output_dir=str(self.run_dir / f"seed_{seed}"))
+            for seed in seeds
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Give the content of train_config.json."""

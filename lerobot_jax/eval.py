@@ -24,6 +24,7 @@ from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import EnvConfig, EvalConfig, option_values, parse
 from lerobot_jax.data.video import write_video
 from lerobot_jax.errors import InputError, reported_on_one_line
+from lerobot_jax.features import TASK
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.policies.base import find_policy, load_config, load_policy
@@ -54,11 +55,16 @@ class Episode:
 
     number: int
     seed: int
+    fps: int  # steps a second
     length: int = 0
     sum_reward: float = 0.0
     max_reward: float = -math.inf
     success: bool = False
+    steps_to_success: int | None = None
     best_info: dict[str, float] = dataclasses.field(default_factory=dict)
+    # The actions, and where the agent was: at first and after each of them.
+    commands: list[np.ndarray] = dataclasses.field(default_factory=list)
+    positions: list[np.ndarray] = dataclasses.field(default_factory=list)
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
     video_path: str | None = None
 
@@ -74,6 +80,27 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Run episodes with seeds `seed`, `seed` + 1, ...; return eval_info.json's content, None when stopped.
 
+    Args and errors are those of `run_episodes`.
+    """
+    start = time.monotonic()
+    episodes = run_episodes(runner, env, config, seed=seed, output_dir=output_dir, should_stop=should_stop)
+    if episodes is None:
+        return None
+    return summarize(str(env.type), episodes, time.monotonic() - start)
+
+
+def run_episodes(
+    runner: Runner,
+    env: EnvConfig,
+    config: EvalConfig,
+    *,
+    seed: int,
+    output_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    title: str = "evaluating",
+) -> list[Episode] | None:
+    """Run episodes with seeds `seed`, `seed` + 1, ...; return them in this order, None when stopped.
+
     Args:
         runner: the policy, with `config.num_envs` slots.
         env: the environment.
@@ -81,23 +108,19 @@ def evaluate(
         seed: of the first episode.
         output_dir: where `videos/` go.
         should_stop: asked at every step.
+        title: of the progress bar.
 
     Raises:
         InputError: when the environment does not fit the policy.
     """
     from lerobot_jax.envs.vector import make_vector_env, observation_type
 
-    start = time.monotonic()
-    num_envs = config.num_envs
     obs_type = observation_type(env, runner.policy.config.input_features)
-    envs = make_vector_env(env, obs_type, num_envs, config.use_async_envs)
+    envs = make_vector_env(env, obs_type, config.num_envs, config.use_async_envs)
     try:
-        episodes = _run_episodes(runner, envs, config, seed, output_dir, should_stop)
+        return _run_episodes(runner, envs, config, seed, output_dir, should_stop, title)
     finally:
         envs.close()
-    if episodes is None:
-        return None
-    return _summarize(str(env.type), episodes, time.monotonic() - start)
 
 
 def _run_episodes(
@@ -107,14 +130,19 @@ def _run_episodes(
     seed: int,
     output_dir: Path,
     should_stop: Callable[[], bool],
+    title: str,
 ) -> list[Episode] | None:
-    num_envs = envs.num_envs
-    waiting = [Episode(i, seed + i) for i in reversed(range(config.n_episodes))]
+    from lerobot_jax.envs.pusht import INFO_POSITION
+    from lerobot_jax.envs.vector import task_texts
+
+    num_envs, fps = envs.num_envs, envs.metadata.get("render_fps", 10)
+    waiting = [Episode(i, seed + i, fps) for i in reversed(range(config.n_episodes))]
     done: list[Episode] = []
     running: list[Episode | None] = [None] * num_envs
     resets = np.ones(num_envs, bool)  # which environments are to begin an episode
     observation: Any = None
-    with progress_bar("evaluating", config.n_episodes, "episode") as bar:
+    task: dict[str, list[str]] = {}
+    with progress_bar(title, config.n_episodes, "episode") as bar:
         while len(done) < config.n_episodes:
             if should_stop():
                 return None
@@ -125,32 +153,41 @@ def _run_episodes(
                         runner.reset(int(i), episode.number)
                 # An environment without an episode left is kept going, since all are stepped together.
                 seeds = [seed if episode is None else episode.seed for episode in running]
-                observation, _ = envs.reset(seed=seeds, options={"reset_mask": resets})
+                observation, info = envs.reset(seed=seeds, options={"reset_mask": resets})
+                for i in np.flatnonzero(resets):
+                    if (episode := running[i]) is not None:
+                        episode.positions.append(info[INFO_POSITION][i])
+                if runner.policy.preprocessor.has_text:
+                    task = {TASK: task_texts(envs)}
                 _record(envs, running, config, resets)
             active = [i for i, episode in enumerate(running) if episode is not None]
-            actions = runner.select_action(observation, active)
+            actions = runner.select_action({**observation, **task}, active)
             observation, rewards, terminated, truncated, info = envs.step(actions)
             resets = terminated | truncated
             _record(envs, running, config, ~np.zeros(num_envs, bool))
             for i in active:
                 episode = running[i]
                 assert episode is not None
-                _add_step(episode, float(rewards[i]), {key: value[i] for key, value in info.items()})
+                shown = {key: value[i] for key, value in info.items()}
+                _add_step(episode, actions[i], float(rewards[i]), shown)
                 if resets[i]:
-                    _save_video(episode, output_dir, envs.metadata.get("render_fps", 10))
+                    _save_video(episode, output_dir)
                     done.append(episode)
                     bar.set_postfix_str(f"success {np.mean([e.success for e in done]):.0%}", refresh=False)
                     bar.update()
     return sorted(done, key=lambda episode: episode.number)
 
 
-def _add_step(episode: Episode, reward: float, info: Mapping[str, Any]) -> None:
-    from lerobot_jax.envs.pusht import INFO_METRICS
+def _add_step(episode: Episode, action: np.ndarray, reward: float, info: Mapping[str, Any]) -> None:
+    from lerobot_jax.envs.pusht import INFO_METRICS, INFO_POSITION
 
     episode.length += 1
+    episode.commands.append(action)
+    episode.positions.append(info[INFO_POSITION])
     episode.sum_reward += reward
     episode.max_reward = max(episode.max_reward, reward)
-    episode.success = episode.success or bool(info.get("is_success", False))
+    if info.get("is_success", False) and not episode.success:
+        episode.success, episode.steps_to_success = True, episode.length
     for name in INFO_METRICS:
         if name in info:
             episode.best_info[name] = max(episode.best_info.get(name, -math.inf), float(info[name]))
@@ -173,15 +210,15 @@ def _record(envs: Any, running: Sequence[Episode | None], config: EvalConfig, ch
         episode.frames.append(pictures[i])
 
 
-def _save_video(episode: Episode, output_dir: Path, fps: int) -> None:
+def _save_video(episode: Episode, output_dir: Path) -> None:
     if episode.frames:
         path = output_dir / "videos" / f"eval_episode_{episode.number}.mp4"
-        write_video(path, episode.frames, fps)
+        write_video(path, episode.frames, episode.fps)
         episode.video_path = str(path)
         episode.frames = []
 
 
-def _summarize(group: str, episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
+def summarize(group: str, episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
     """Give eval_info.json's content: LeRobot's fields, and beside them intervals, lengths, seeds."""
     videos = [episode.video_path for episode in episodes if episode.video_path is not None]
     metrics: dict[str, Any] = {
@@ -214,20 +251,22 @@ def _summarize(group: str, episodes: Sequence[Episode], seconds: float) -> dict[
     }
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """Give the 95 % confidence interval of a success probability (Wilson, 1927)."""
-    rate = successes / trials
-    center = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
-    return max(0.0, center - half), min(1.0, center + half)
+    from scipy import stats  # takes half a second
+
+    low, high = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def check_environment(policy: PolicyConfig, env: EnvConfig) -> None:
-    """Raise `InputError` unless the environment takes the policy's action and shows what the policy needs."""
-    from lerobot_jax.envs.vector import make_vector_env, observation_type
+    """Raise `InputError` unless the environment takes the policy's action, shows and says what it needs."""
+    from lerobot_jax.envs.vector import make_vector_env, observation_type, task_texts
 
     envs = make_vector_env(env, observation_type(env, policy.input_features), 1, use_async_envs=False)
     shown, taken = sorted(envs.single_observation_space.keys()), envs.single_action_space.shape  # type: ignore
+    if policy.text_steps:
+        task_texts(envs)
     envs.close()
     if policy.action_feature.shape != taken:
         raise InputError(

@@ -31,6 +31,7 @@ REWARD = "next.reward"
 DONE = "next.done"
 SUCCESS = "next.success"
 TASK = "task"
+TASK_INDEX = "task_index"
 
 
 class FeatureType(enum.StrEnum):

@@ -16,6 +16,7 @@ from lerobot_jax.state_dict import INDEX_NAME, MODEL_NAME, PICKLE_SUFFIXES
 # The Hub's library lets through what its HTTP client raises; which client that is depends on its version.
 _HTTP_ERROR = cast(type[Exception], huggingface_hub.errors.HfHubHTTPError.__mro__[1])
 CALL_ERRORS = (_HTTP_ERROR, OSError, huggingface_hub.errors.HFValidationError)
+ADVICE = "check the name, or go online once"
 
 
 def lerobot_home() -> Path:
@@ -43,7 +44,7 @@ def fetch(
     revision: str | None = None,
     cache: Path | None = None,
     looked_at: Path | None = None,
-    advice: str = "check the name, or go online once",
+    advice: str | None = None,
 ) -> Path:
     """Download files of a repository, or find them in the cache; return the snapshot's folder.
 
@@ -90,10 +91,12 @@ def fetch(
                 f"it has no {MODEL_NAME}, only {pickle}: a pickle, which can run code and is never unpickled"
             )
             remedy = "ask for safetensors, or save it as such with the program that made it"
+            remedy += f"; {advice}" if advice else ""
     places = [str(looked_at)] * (looked_at is not None) + [f"the cache {cache}", "the Hugging Face Hub"]
     version = f" (revision {revision})" if revision else ""
     raise InputError(
-        f"{repo_type} '{repo_id}'{version} was not found in {', '.join(places)}: {reason}; {remedy or advice}"
+        f"{repo_type} '{repo_id}'{version} was not found in {', '.join(places)}: {reason}; "
+        f"{remedy or advice or ADVICE}"
     )
 
 

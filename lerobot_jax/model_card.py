@@ -9,14 +9,13 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from lerobot_jax import __version__
 from lerobot_jax.certificate import CERTIFICATE_NAME
-from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME
+from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME, Checkpoint
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
@@ -45,14 +44,6 @@ METHODS = {
     "xvla": ("X-VLA", "arxiv.org/abs/2510.10274"),
 }
 NO_RESULTS = ("step", "lr", "steps_per_s", "samples_per_s", "data_wait")
-
-
-class Checkpoint(NamedTuple):
-    """A policy's folder, and where it comes from if that is known."""
-
-    folder: Path
-    run: Path | None = None
-    step: int | None = None
 
 
 class Evaluation(NamedTuple):

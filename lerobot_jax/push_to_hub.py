@@ -23,18 +23,13 @@ import tyro
 from absl import logging
 
 from lerobot_jax import hub, state_dict
-from lerobot_jax.checkpoint import (
-    CHECKPOINTS,
-    PRETRAINED_MODEL,
-    TRAIN_CONFIG_NAME,
-    find_pretrained_model,
-)
+from lerobot_jax.checkpoint import TRAIN_CONFIG_NAME, find_checkpoint
 from lerobot_jax.config import TrainConfig, parse
 from lerobot_jax.data.metadata import INFO_PATH, LeRobotDatasetMetadata
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.files import read_json
 from lerobot_jax.logs import setup_logging
-from lerobot_jax.model_card import Checkpoint, write_card
+from lerobot_jax.model_card import write_card
 from lerobot_jax.policies.config import CONFIG_NAME, read_config
 
 UPLOADED = (CONFIG_NAME, "*.safetensors", state_dict.INDEX_NAME, "policy_*.json", TRAIN_CONFIG_NAME)
@@ -159,20 +154,6 @@ def check_name(repo_id: str, field: str) -> None:
         raise InputError(f"{field}: {error}") from None
     if "/" not in repo_id:
         raise InputError(f"{field}: '{repo_id}' must be USER/NAME")
-
-
-def find_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
-    """Find the policy in a run's folder, a checkpoint's folder or a policy's own folder, and what belongs to it.
-
-    Raises:
-        InputError: saying what the folder lacks, or which steps there are.
-    """
-    folder = find_pretrained_model(folder, step)
-    place = folder.resolve()
-    is_of_run = place.name == PRETRAINED_MODEL and place.parent.name.isdigit()
-    if not is_of_run or place.parents[1].name != CHECKPOINTS:
-        return Checkpoint(folder)
-    return Checkpoint(folder, place.parents[2], int(place.parent.name))
 
 
 def find_dataset(folder: Path) -> LeRobotDatasetMetadata | None:

@@ -82,17 +82,17 @@ class Runner:
 
     def __init__(self, policy: "FunctionalPolicy", batch_size: int = 1, seed: int = 0):
         self.policy = policy
-        self._seed_key = jax.random.key(seed)
-        self.load(policy.params, policy.buffers)
+        self.load(policy.params, policy.buffers, seed)
         self._predict = jax.jit(self._predict_chunk)
         self._execution = [self._new_execution() for _ in range(batch_size)]
         self._history = [self._new_history() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
 
-    def load(self, params: dict[str, Any], buffers: dict[str, Any]) -> None:
-        """Run with other weights from now on."""
+    def load(self, params: dict[str, Any], buffers: dict[str, Any], seed: int) -> None:
+        """Run with other weights, and noise of this seed, from now on."""
         self._arrays = jax.tree.map(jax.numpy.asarray, (params, buffers))
+        self._seed_key = jax.random.key(seed)
 
     def reset(self, slot: int | None = None, episode: int | None = None) -> None:
         """Forget the past of one slot (None: of all) because an episode begins; its number seeds the noise."""

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lerobot.configs import PreTrainedConfig
@@ -45,10 +46,19 @@ def main(folder: str, certificate: str, out: str) -> None:
         choose_codes(noise.pop("gumbel"), config.sequentially_select)
         fill_queues(policy, batch)
     with torch.inference_mode():
-        chunk = policy.predict_action_chunk(batch, **noise)
+        chunk = predict_chunk(policy, batch, noise)
     found = {f"preprocessed/{key}": batch[key] for key in config.input_features}
     found |= {"chunk": chunk, "action": postprocess(chunk)}
     save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, Path(out))
+
+
+def predict_chunk(policy: Any, batch: dict[str, Any], noise: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Give a chunk of normalized actions for (windows of) observations, from this noise."""
+    if policy.config.type != "multi_task_dit":
+        return policy.predict_action_chunk(batch, **noise)
+    # Its predict_action_chunk takes windows from the queues only; and it draws the noise itself.
+    with mock.patch.object(torch, "randn", return_value=noise["noise"]):
+        return policy._generate_actions(policy._prepare_batch(batch))
 
 
 def play_back(step_noise: torch.Tensor) -> None:

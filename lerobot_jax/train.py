@@ -8,26 +8,24 @@ SIGTERM save a checkpoint before they end the run. Mirrors `lerobot.scripts.lero
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import checkpoint, optim, sharding, training_data
+from lerobot_jax.certificate import Certifier
+from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
-from lerobot_jax.data.mixture import DATASET_INDEX
 from lerobot_jax.data.streaming import StreamedSamples
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
@@ -36,11 +34,12 @@ from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.policies import base
-from lerobot_jax.policies.base import FunctionalPolicy
-from lerobot_jax.processors import RenameObservations
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.push_to_hub import check_before_training, push_to_hub
-from lerobot_jax.transforms import random_transforms
+from lerobot_jax.rollout import Runner
+from lerobot_jax.seed_summary import summarize
+from lerobot_jax.seeds import SeedLayout
+from lerobot_jax.train_step import make_eval_loss, make_loss, make_preprocess, make_train_step, mean_metrics
 from lerobot_jax.visualize import plot_curves
 
 Tree = dict[str, Any]
@@ -56,24 +55,27 @@ def main(argv: Sequence[str]) -> None:
     # What comes from the Hub is pinned: the run keeps to these commits.
     revisions = [source.meta.revision or source.config.revision for source in sources]
     config = dataclasses.replace(config, dataset=config.dataset.pinned(revisions))
+    runs = config.runs  # one for each seed; they differ in nothing but the seed and the folder
     policies = training_data.build_policies(config, sources)
     policy = policies[0]
     if config.env.type is not None:
         check_environment(policy.config, config.env)
     if config.wandb.enable:
         import_wandb()
-    mesh = sharding.make_mesh()
+    layout = SeedLayout(len(runs), sharding.make_mesh())
     accumulation = config.gradient_accumulation_steps
-    split_over_devices = sharding.batch_sharding(mesh, config.batch_size, axis=int(accumulation > 1))
-    on_every_device = sharding.replicated(mesh)
+    split_over_devices = layout.batches(config.batch_size, axis=int(accumulation > 1))
+    on_every_device = layout.replicated
     batch_size = config.batch_size * accumulation
-    flat = sharding.batch_sharding(mesh, batch_size)
+    flat = layout.batches(batch_size)
     samples = training_data.training_samples(config, sources, policy, on_every_device, flat)
     checkpoint.write_train_config(config)
 
     # The train state: all that a step reads and changes.
-    init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-    params_shape, buffers_shape = jax.eval_shape(policy.init, init_key)
+    keys = [jax.random.split(jax.random.key(run.seed), 3) for run in runs]
+    init_keys, step_keys, eval_keys = zip(*keys, strict=True)
+    step_key, eval_key = layout.stack(step_keys), layout.stack(eval_keys)
+    params_shape, buffers_shape = jax.eval_shape(policy.init, init_keys[0])
     optimizer = optim.make_optimizer(config, params_shape)
 
     def make_state(params: Tree, buffers: Tree) -> Tree:
@@ -83,33 +85,36 @@ def main(argv: Sequence[str]) -> None:
             state["ema"] = jax.tree.map(jnp.copy, {"params": params, "buffers": buffers})
         return state
 
-    saved_steps = checkpoint.saved_steps(config.run_dir)  # none unless resuming
+    saved_steps = checkpoint.common_steps(runs)  # none unless resuming
+    step = first_step = saved_steps[-1] if saved_steps else 0
     if saved_steps:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_every_device),
             jax.eval_shape(make_state, params_shape, buffers_shape),
         )
-        state = checkpoint.restore(config.run_dir, saved_steps[-1], target)
+        state = layout.stack([checkpoint.restore(run.run_dir, step, target) for run in runs])
     else:
-        arrays = (policy.params, policy.buffers)
+        arrays = [(policy.params, policy.buffers)] * len(runs)
         if config.policy.pretrained_path is None:
-            arrays = base.load_pretrained_parts(policy, *compile_quickly(policy.init, init_key)(init_key))
-        state = jax.jit(make_state, out_shardings=on_every_device)(*arrays)
+            init = compile_quickly(policy.init, init_keys[0])
+            arrays = [base.load_pretrained_parts(policy, *init(key)) for key in init_keys]
+        make_states = layout.over_seeds(make_state, (0, 0))
+        state = jax.jit(make_states, out_shardings=layout.state)(*layout.stack(arrays))
         del arrays
     # From here on, the arrays are in the state.
     policies = [each.replace(params={}, buffers={}) for each in policies]
     policy = policies[0]
-    step = first_step = int(state["step"])
-    num_params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    num_params = sum(x.size for x in jax.tree.leaves(params_shape))
     logging.info(
-        "%s: %s policy with %s parameters, %d episodes with %d frames, batch %d on %d %s device(s)",
+        "%s: %s policy with %s parameters%s, %d episodes with %d frames, batch %d on %d %s device(s)",
         config.run_dir,
         policy.config.type,
         f"{num_params:,}",
+        "" if len(runs) == 1 else f" for each of {len(runs)} seeds",
         sum(len(source.train_episodes) for source in sources),
-        sum(source.num_train_frames(policy.config.drop_n_last_frames) for source in sources),
+        sum(source.num_train_frames(policy.config.num_dropped_frames) for source in sources),
         batch_size,
-        mesh.size,
+        layout.mesh.size,
         jax.default_backend(),
     )
 
@@ -122,26 +127,32 @@ def main(argv: Sequence[str]) -> None:
         prefetch_factor=config.prefetch_factor,
     )
     if accumulation > 1:
-        shape = (accumulation, config.batch_size)
-        batches = ({k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()} for batch in batches)
+        shape, rest = (*layout.lead, accumulation, config.batch_size), len(layout.lead) + 1
+        batches = ({k: v.reshape(*shape, *v.shape[rest:]) for k, v in batch.items()} for batch in batches)
     batches = loader.prefetch_to_device(batches, split_over_devices)
     batch = next(batches)
     started = time.monotonic()
     preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
     loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
-    train_step = make_train_step(loss_fn, optimizer, config, policy.progress)
+    train_step = layout.over_seeds(make_train_step(loss_fn, optimizer, config, policy.progress), (0, 0, 0))
     train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, batch, step_key).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)
-    eval_loss = jax.jit(make_eval_loss(policy, preprocess))
+    eval_loss = jax.jit(layout.over_seeds(make_eval_loss(policy, preprocess), (0, None, 0, None)))
     runner = policy.make_runner(config.eval.num_envs, config.seed)
 
     # The loop
-    metrics_log = MetricsLog(config, first_step)
+    logs = [MetricsLog(run, first_step) for run in runs]
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
-    writer = checkpoint.CheckpointWriter(config, policy, variants if config.dataset.mixture else None)
+    variants = variants if config.dataset.mixture else None
+    certifier = Certifier(policy)
+    writers = [CheckpointWriter(run, policy, certifier, variants, together=runs) for run in runs]
+
+    def is_due(every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == config.steps)
+
     pending: list[dict[str, jax.Array]] = []
-    data_wait, since = 0.0, time.monotonic()
+    logged_step, data_wait, since = step, 0.0, time.monotonic()
     stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()
     progress = progress_bar("training", config.steps, "step", initial=first_step)
     with StopRequest() as stop, stream, progress as bar:
@@ -156,67 +167,68 @@ def main(argv: Sequence[str]) -> None:
             if len(pending) > 1:  # keep the host at most one step ahead of the devices
                 jax.block_until_ready(pending[-2])
             bar.update()
-            is_last = step == config.steps
-            weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
-            is_best = False
 
             if not config.log_freq:
                 del pending[:-2]
-            if (config.log_freq and step % config.log_freq == 0) or is_last:
-                means = mean_metrics(jax.device_get(pending))
+            if is_due(config.log_freq or config.steps):
+                by_seed = zip(*(layout.each(values) for values in jax.device_get(pending)), strict=True)
+                means = [mean_metrics(values) | {"lr": float(values[-1]["lr"])} for values in by_seed]
                 seconds = time.monotonic() - since
-                means["lr"] = float(metrics["lr"])
-                means["steps_per_s"] = len(pending) / seconds
-                means["samples_per_s"] = means["steps_per_s"] * batch_size
-                means["data_wait"] = data_wait / seconds
-                check_finite(means["loss"], "loss", step, config)
-                metrics_log.write(step, means)
-                shown = {"loss": means["loss"], "samples/s": means["samples_per_s"]}
-                bar.set_postfix(shown | {"data": f"{means['data_wait']:.0%}"}, refresh=False)
-                pending, data_wait, since = [], 0.0, time.monotonic()
+                speed = {"steps_per_s": (step - logged_step) / seconds}
+                speed["samples_per_s"] = speed["steps_per_s"] * batch_size
+                speed["data_wait"] = data_wait / seconds
+                for run, log, values in zip(runs, logs, means, strict=True):
+                    check_finite(values["loss"], "loss", step, run)
+                    log.write(step, values | speed)
+                loss = float(np.mean([values["loss"] for values in means]))
+                shown = {"loss": loss, "samples/s": speed["samples_per_s"] * len(runs)}
+                bar.set_postfix(shown | {"data": f"{speed['data_wait']:.0%}"}, refresh=False)
+                pending, logged_step, data_wait, since = [], step, 0.0, time.monotonic()
 
-            if config.eval_steps and (step % config.eval_steps == 0 or is_last):
+            # What follows is no training, and its time does not count as such.
+            evaluates, simulates = is_due(config.eval_steps), config.env.type and is_due(config.env_eval_freq)
+            saves = is_due(config.save_freq or config.steps)
+            if not (evaluates or simulates or saves):
+                continue
+            jax.block_until_ready(state)
+            paused = time.monotonic()
+            weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
+            is_best = [False] * len(runs)
+            if evaluates:
                 held_out = training_data.held_out_batches(config, sources, policy, samples)
-                losses = held_out_losses(eval_loss, weights, held_out, eval_key, mesh)
-                is_best |= metrics_log.write_scored(step, losses)
-                since = time.monotonic()
-
-            if config.env.type and config.env_eval_freq and (step % config.env_eval_freq == 0 or is_last):
-                runner.load(weights["params"], weights["buffers"])
-                folder = config.run_dir / "eval" / f"step_{step:06d}"
-                info = evaluate(
-                    runner,
-                    config.env,
-                    config.eval,
-                    seed=config.seed,
-                    output_dir=folder,
-                    should_stop=stop.requested,
-                )
+                losses = held_out_losses(eval_loss, weights, held_out, eval_key, layout)
+                is_best = [log.write_scored(step, each) for log, each in zip(logs, losses, strict=True)]
+            for i, (run, log) in enumerate(zip(runs, logs, strict=True)) if simulates else ():
+                runner.load(**layout.take(weights, i), seed=run.seed)
+                info = simulate(runner, run, step, stop)
                 if info is not None:
-                    write_json(info, folder / EVAL_INFO_NAME, indent=2)
-                    bar.write(f"step {step}: {describe(info)}")
+                    bar.write(f"{run.name}, seed {run.seed}, step {step}: {describe(info)}")
                     numbers = {k: v for k, v in info["overall"].items() if isinstance(v, int | float)}
-                    is_best |= metrics_log.write_scored(step, numbers)
-                since = time.monotonic()
-
-            is_due = is_last or is_best or (config.save_freq and step % config.save_freq == 0)
-            if config.save_checkpoint and is_due:
-                check_finite(largest_weight(state), "largest weight", step, config)
-                writer.save(step, state, is_best=is_best)
-                if not is_last:
-                    plot_curves(config.run_dir)
-                since = time.monotonic()
+                    is_best[i] |= log.write_scored(step, numbers)
+            for i, (run, writer) in enumerate(zip(runs, writers, strict=True)):
+                if config.save_checkpoint and (saves or is_best[i]):
+                    save(writer, run, step, layout.take(state, i), is_best=is_best[i])
+            if config.save_checkpoint and (saves or any(is_best)) and step < config.steps:
+                plot_curves(config.run_dir)
+            since += time.monotonic() - paused
         if stop.signal and config.save_checkpoint:
-            check_finite(largest_weight(state), "largest weight", step, config)
-            writer.save(step, state, is_best=False)
-    writer.wait()
-    metrics_log.close()
-    plot_curves(config.run_dir)
-    last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL
+            for i, (run, writer) in enumerate(zip(runs, writers, strict=True)):
+                save(writer, run, step, layout.take(state, i), is_best=False)
+    for log, writer in zip(logs, writers, strict=True):
+        writer.wait()
+        log.close()
+    for writer in writers:  # what was kept until all seeds had a later one
+        writer.remove_old()
+    for folder in {config.run_dir, *(run.run_dir for run in runs)}:
+        plot_curves(folder)
+    if len(runs) > 1:
+        logging.info("%s", summarize(runs, config.run_dir))
     if stop.signal:
         logging.info("stopped at step %d; continue with --config.resume=True", step)
         sys.exit(128 + stop.signal)
-    saved = f"the policy is in {last}" if config.save_checkpoint else "no policy was saved, as you wished"
+    last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL
+    place = f"the policy is in {last}" if len(runs) == 1 else f"the policies are in {config.run_dir}/seed_*"
+    saved = place if config.save_checkpoint else "no policy was saved, as you wished"
     logging.info("done: %s, the curves are in %s", saved, config.run_dir / "curves.png")
     if config.policy.push_to_hub:
         repo_id, private = config.policy.repo_id, config.policy.private
@@ -228,164 +240,45 @@ def main(argv: Sequence[str]) -> None:
         logging.info("Model pushed to %s", url)
 
 
-def make_preprocess(policies: Sequence[FunctionalPolicy], *, is_mixture: bool):
-    """Give the preprocessing of raw batches; in a mixture, a sample has the statistics of its own dataset."""
-    if not is_mixture:
-        return functools.partial(_preprocess, policies[0])
-    # The samples of a mixture have the policy's names already.
-    pipelines = [each.preprocessor.replace(RenameObservations({})) for each in policies]
-    policies = [each.replace(preprocessor=pre) for each, pre in zip(policies, pipelines, strict=True)]
-
-    def preprocess(batch: Tree) -> Tree:
-        which = batch[DATASET_INDEX]
-        versions = [each.preprocess(batch) for each in policies]
-
-        def select(*values: jax.Array) -> jax.Array:
-            chosen = which.reshape(-1, *(1,) * (values[0].ndim - 1))
-            return jax.lax.select_n(jnp.broadcast_to(chosen, values[0].shape), *values)
-
-        return jax.tree.map(select, *versions)
-
-    return preprocess
-
-
-def _preprocess(policy: FunctionalPolicy, batch: Tree) -> Tree:
-    """Restore the axis of single numbers, which LeRobot's datasets drop, and preprocess."""
-    features = {**policy.config.input_features, **policy.config.output_features}
-    names = {key: policy.preprocessor.rename_map.get(key, key) for key in batch}
-    single = [key for key, name in names.items() if name in features and features[name].shape == (1,)]
-    return policy.preprocess(batch | {key: batch[key][..., None] for key in single})
-
-
-def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
-    """Give `loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` of raw batches, in training.
-
-    In a mixture, the metrics tell the loss of each dataset by name; NaN if a batch has none of its samples.
-    """
-
-    def mean_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
-        loss, (metrics, buffers) = policy.loss_fn(params, buffers, preprocess(batch), key, train=True)
-        return loss, ({"loss": loss, **metrics}, buffers)
-
-    def mixed_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
-        losses, (metrics, buffers) = policy.loss_fn(
-            params, buffers, preprocess(batch), key, train=True, reduction="none"
-        )
-        loss = jnp.mean(losses)
-        metrics = {"loss": loss, **metrics}
-        for i, name in enumerate(names):
-            metrics[f"loss/{name}"] = jnp.mean(losses, where=batch[DATASET_INDEX] == i)
-        return loss, (metrics, buffers)
-
-    return mean_loss if len(names) == 1 else mixed_loss
-
-
-def make_train_step(
-    loss_fn: Any,
-    optimizer: optax.GradientTransformation,
-    config: TrainConfig,
-    progress: Collection[tuple[Any, ...]] = (),
-):
-    """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
-
-    All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
-    axis of micro-batches, which all see the buffers in `progress` as they were before the step.
-    """
-    augment = random_transforms(config.dataset.image_transforms)
-
-    def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
-        augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
-        images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8 and v.ndim > 3}
-        return loss_fn(params, buffers, batch | augment(augment_key, images), key)
-
-    gradient = jax.grad(augmented_loss, has_aux=True)
-
-    def accumulated_gradient(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
-        num = config.gradient_accumulation_steps
-        if num == 1:
-            return gradient(params, buffers, batch, key)
-
-        before = {path: x for path, x in flatten_dict(buffers).items() if path in progress}
-
-        def add(carry, inputs):
-            total, buffers = carry
-            buffers = unflatten_dict(flatten_dict(buffers) | before)
-            grads, (metrics, buffers) = gradient(params, buffers, *inputs)
-            return (jax.tree.map(jnp.add, total, grads), buffers), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
-        means = {
-            name: jnp.mean(x) if _is_in_every_step(name) else jnp.nanmean(x) for name, x in metrics.items()
-        }
-        return jax.tree.map(lambda g: g / num, total), (means, buffers)
-
-    schedule, base_lr = optim.make_schedule(config), optim.optimizer_settings(config)["lr"]
-
-    def train_step(state: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, Tree]:
-        step = state["step"]
-        key = jax.random.fold_in(key, step)
-        grads, (metrics, buffers) = accumulated_gradient(state["params"], state["buffers"], batch, key)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
-        if config.ema_decay is not None:
-            values = {"params": params, "buffers": buffers}
-            new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": base_lr * schedule(step)}
-        return new, metrics
-
-    return train_step
-
-
-def make_eval_loss(policy: FunctionalPolicy, preprocess: Any):
-    """Give `loss(weights, batch, key)` without dropout and with noise that depends on `key` only."""
-
-    def eval_loss(weights: Tree, batch: Tree, key: jax.Array) -> jax.Array:
-        return policy.loss_fn(weights["params"], weights["buffers"], preprocess(batch), key, train=False)[0]
-
-    return eval_loss
-
-
 def held_out_losses(
     eval_loss: Any,
     weights: Tree,
     held_out: Mapping[str, Iterable[Tree]],
     key: jax.Array,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    """Average the loss over all held-out samples, and over those of each dataset if there are several."""
-    sums, sizes = {}, {}
+    layout: SeedLayout,
+) -> list[dict[str, float]]:
+    """Average each seed's loss over all held-out samples, and over those of each dataset if there are several."""
+    sums: dict[str, np.ndarray] = {}
+    sizes: dict[str, int] = {}
     for name, batches in held_out.items():
         losses, counts = [], []
         for i, batch in enumerate(batches):
             counts.append(len(batch[ACTION]))
-            is_even = counts[-1] % mesh.size == 0  # the last batch may not be
-            where = sharding.batch_sharding(mesh, counts[-1]) if is_even else sharding.replicated(mesh)
-            losses.append(eval_loss(weights, jax.device_put(batch, where), jax.random.fold_in(key, i)))
+            batch = jax.device_put(batch, layout.shared_batch(counts[-1]))
+            losses.append(eval_loss(weights, batch, key, i))
             if i:  # read the next batch while the devices work, but no further ahead
                 jax.block_until_ready(losses[-2])
-        sums[name], sizes[name] = float(np.dot(jax.device_get(losses), counts)), sum(counts)
-    result = {"eval_loss": sum(sums.values()) / sum(sizes.values())}
+        sums[name] = np.dot(counts, np.reshape(jax.device_get(losses), (-1, layout.num)))  # one a seed
+        sizes[name] = sum(counts)
+    means = {"eval_loss": np.sum([*sums.values()], axis=0) / sum(sizes.values())}
     if len(sums) > 1:
-        result |= {f"eval_loss/{name}": sums[name] / size for name, size in sizes.items() if size}
-    return result
+        means |= {f"eval_loss/{name}": sums[name] / size for name, size in sizes.items() if size}
+    return [{name: float(values[i]) for name, values in means.items()} for i in range(layout.num)]
 
 
-def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
-    """Average the metrics of some steps; what no step has (a dataset that was not drawn) is left out."""
-    found = {}
-    for name in steps[0]:
-        values = np.array([step[name] for step in steps])
-        known = values if _is_in_every_step(name) else values[~np.isnan(values)]
-        if len(known):
-            found[name] = float(np.mean(known))
-    return found
+def simulate(runner: Runner, run: TrainConfig, step: int, stop: "StopRequest") -> dict[str, Any] | None:
+    """Evaluate a seed's policy in the environment; None when stopped."""
+    folder = run.run_dir / "eval" / f"step_{step:06d}"
+    info = evaluate(runner, run.env, run.eval, seed=run.seed, output_dir=folder, should_stop=stop.requested)
+    if info is not None:
+        write_json(info, folder / EVAL_INFO_NAME, indent=2)
+    return info
 
 
-def _is_in_every_step(metric: str) -> bool:
-    """Tell whether NaN means that training has diverged, and not that a step does not have the metric."""
-    return metric in ("loss", "grad_norm")
+def save(writer: CheckpointWriter, run: TrainConfig, step: int, state: Tree, *, is_best: bool) -> None:
+    """Save a seed's train state, unless training has diverged."""
+    check_finite(largest_weight(state), "largest weight", step, run)
+    writer.save(step, state, is_best=is_best)
 
 
 @jax.jit
@@ -400,8 +293,8 @@ def check_finite(value: float | jax.Array, what: str, step: int, config: TrainCo
     if not math.isfinite(value):
         steps = checkpoint.saved_steps(config.run_dir)
         raise InputError(
-            f"the {what} is {value} at step {step}: training has diverged; lower the learning rate "
-            f"(optimizer.lr) or raise warm-up; the last good checkpoint is "
+            f"with seed {config.seed}, the {what} is {value} at step {step}: training has diverged; lower the "
+            f"learning rate (optimizer.lr) or raise warm-up; the last good checkpoint is "
             f"{f'step {steps[-1]}' if steps else 'none'}"
         )
 

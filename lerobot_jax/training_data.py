@@ -7,18 +7,26 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Shaped
 
 from lerobot_jax import hub
 from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data import loader, mixture
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
-from lerobot_jax.data.samples import Batch, DeviceRows, Samples, ShuffledRows, device_bytes
+from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
 from lerobot_jax.data.streaming import Stream, StreamedSamples, open_stream
 from lerobot_jax.data.target_statistics import complete_statistics, name_joints, target_statistics
 from lerobot_jax.data.windows import policy_delta_timestamps
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, FeatureType, PolicyFeature, dataset_to_policy_features
+from lerobot_jax.features import (
+    ACTION,
+    TASK,
+    TASK_INDEX,
+    FeatureType,
+    PolicyFeature,
+    dataset_to_policy_features,
+)
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import PolicyConfig
@@ -108,7 +116,7 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
     )
     train, held_out = split_episodes(meta, source.episodes, config.dataset.eval_split)
     opened = Source(source, meta, settings, data, train, held_out)
-    dropped = config.policy.drop_n_last_frames
+    dropped = config.policy.num_dropped_frames
     if opened.num_train_frames(dropped) == 0:
         raise InputError(f"{repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
@@ -129,7 +137,7 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     """Fit the policy's features to the datasets, its statistics to each; load its weights if it starts from others.
 
     Returns:
-        One for each source: the same policy with that dataset's processors. The first one has the weights.
+        One for each source: the same policy with that dataset's processors and tasks. The first has the weights.
 
     Raises:
         InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
@@ -138,6 +146,11 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     for source in sources:
         _check_cameras(config, source, inputs)
     policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
+    if unnormalized := base.unnormalized_inputs(policy_config):
+        logging.warning(
+            "%s will not be normalized: policy.normalization_mapping does not list the type",
+            ", ".join(f"{key} ({inputs[key].type})" for key in unnormalized),
+        )
     policies = []
     for source in sources:
         stats = _statistics(config, source, {**inputs, **outputs})
@@ -152,7 +165,20 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
             policy_config.pretrained_path, policy_config.pretrained_revision, first.config
         )
         policies[0] = first.replace(params=pretrained.params, buffers=pretrained.buffers)
+    if policies[0].preprocessor.has_text:
+        tables = _task_tokens(policies[0], sources)
+        policies = [each.replace(task_tokens=table) for each, table in zip(policies, tables, strict=True)]
     return policies
+
+
+def _task_tokens(
+    policy: FunctionalPolicy, sources: Sequence[Source]
+) -> list[dict[str, Shaped[np.ndarray, "tasks l"]]]:
+    """Tokenize the tasks of all datasets, once and together, so that all have the same number of tokens."""
+    tokens = policy.tokenize({TASK: [task for source in sources for task in source.meta.tasks]})
+    ends = np.cumsum([len(source.meta.tasks) for source in sources])[:-1]
+    parts = {key: np.split(table, ends) for key, table in tokens.items()}
+    return [{key: tables[i] for key, tables in parts.items()} for i in range(len(sources))]
 
 
 def _policy_features(
@@ -255,10 +281,11 @@ def _target_statistics(policy: PolicyConfig, source: Source) -> dict[str, np.nda
 
 
 def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
-    """List what a batch needs: the policy's inputs and outputs under the dataset's names, and their padding."""
+    """List what a batch needs: the policy's inputs and outputs under the dataset's names, padding, the task."""
     original = {new: old for old, new in source.config.rename_map.items()}
     keys = [original.get(key, key) for key in (*policy.config.input_features, *policy.config.output_features)]
-    return keys + [f"{key}_is_pad" for key in keys]
+    number = [TASK_INDEX] if policy.preprocessor.has_text else []
+    return keys + [f"{key}_is_pad" for key in keys] + number
 
 
 def training_samples(
@@ -270,6 +297,8 @@ def training_samples(
 ) -> Samples:
     """Give the samples in training order; decode frames into the cache or copy them to the devices before.
 
+    With several seeds, a batch has a leading axis: the batch of each.
+
     Args:
         config: the run's.
         sources: its datasets.
@@ -277,7 +306,7 @@ def training_samples(
         whole: keeps a copy of an array on every device.
         split: how a batch lies on the devices.
     """
-    dropped = config.policy.drop_n_last_frames
+    dropped = config.policy.num_dropped_frames
     if isinstance(stream := sources[0].data, Stream):
         (source,) = sources
         return StreamedSamples(
@@ -289,18 +318,27 @@ def training_samples(
             drop_n_last_frames=dropped,
             **source.settings,
         )
-    on_device = _prepare_frames(config, sources)
+    seeds = [run.seed for run in config.runs]
+    if _prepare_frames(config, sources):
+        (source,) = sources
+        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
+    orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
+    return SeedSamples(orders) if len(seeds) > 1 else orders[0]
+
+
+def _host_samples(
+    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, seed: int
+) -> Samples:
+    """Give the samples in the order of a seed, read on the host."""
     parts: list[Samples] = []
     for i, source in enumerate(sources):
-        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
-        if on_device:
-            parts.append(DeviceRows(source.dataset, rows, keys, config.seed, whole, split))
-        else:
-            parts.append(ShuffledRows(source.dataset, rows, keys, config.seed, stream=i))
+        rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
+        parts.append(ShuffledRows(source.dataset, rows, batch_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
     maps = [_feature_map(policy, source) for source in sources]
-    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], config.seed)
+    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], seed)
 
 
 def _feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
@@ -319,8 +357,8 @@ def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
     needed = sum(device_bytes(source.dataset) for source in sources)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     fits = 0 < needed <= DEVICE_SHARE * memory
-    on_device = mode == "device" or (mode == "auto" and fits and len(sources) == 1)
-    if mode == "device" and len(sources) > 1:
+    on_device = mode == "device" or (mode == "auto" and fits and not settings.mixture)
+    if mode == "device" and settings.mixture:
         raise InputError("dataset.frame_mode=device works with one dataset, not with a mixture; use cache")
     if mode == "decode" or not any(source.dataset.cameras for source in sources):
         return on_device

@@ -27,7 +27,7 @@ from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.windows import policy_delta_timestamps
 from lerobot_jax.errors import InputError, reported_on_one_line
-from lerobot_jax.features import ACTION
+from lerobot_jax.features import ACTION, TASK
 from lerobot_jax.files import read_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import METRICS_NAME, read_metrics
@@ -55,9 +55,13 @@ class VisualizeConfig:
 
 
 def plot_curves(run_dir: Path, output: Path | None = None) -> Path | None:
-    """Draw losses, evaluations, gradients and speed over the steps of a run; return the picture's path."""
-    records = read_metrics(run_dir / METRICS_NAME)
-    logged = {name for record in records for name in record}
+    """Draw losses, evaluations, gradients and speed over the steps of a run; return the picture's path.
+
+    Of a run of several seeds, it draws the curve of each, and their mean.
+    """
+    folders = sorted(run_dir.glob("seed_*"), key=lambda folder: (len(folder.name), folder.name)) or [run_dir]
+    logs = [log for folder in folders if (log := read_metrics(folder / METRICS_NAME))]
+    logged = {name for log in logs for record in log for name in record}
     of_datasets = sorted(name for name in logged if name.startswith(("loss/", "eval_loss/")))
     panels = [
         (title, [name for name in names if name in logged], top)
@@ -74,22 +78,34 @@ def plot_curves(run_dir: Path, output: Path | None = None) -> Path | None:
         return None
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    last_step = records[-1]["step"]
+    last_step = max(log[-1]["step"] for log in logs)
     for ax, (title, names, top) in zip(axes, panels, strict=True):
-        for name in names:
-            points = [(record["step"], record[name]) for record in records if name in record]
-            ax.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, ms=4, label=name)
+        for i, name in enumerate(names):
+            _plot_metric(ax, logs, name, f"C{i}")
         _style(ax, title, "step")
         ax.set_xlim(0, last_step * 1.05)
         if title == "loss":
             ax.set_yscale("log")
         else:
             ax.set_ylim(0, None if top is None else top * 1.05)
-        if len(names) > 1:
+        if len(names) > 1 or len(logs) > 1:
             ax.legend(frameon=False)
     path = output or run_dir / CURVES_NAME
     figure.savefig(path, dpi=110)
     return path
+
+
+def _plot_metric(ax: Axes, logs: Sequence[Sequence[dict[str, Any]]], name: str, color: str) -> None:
+    """Draw a metric of a run; of several, thin curves and their mean where all have it."""
+    curves = [{record["step"]: record[name] for record in log if name in record} for log in logs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    means = [np.mean([curve[step] for curve in curves]) for step in steps]
+    marker = "o" if len(steps) < 12 else None
+    label = name if len(logs) == 1 else f"{name}, mean of {len(logs)} seeds"
+    if len(logs) > 1:
+        for curve in curves:
+            ax.plot([*curve], [*curve.values()], marker=marker, ms=2, color=color, lw=0.8, alpha=0.4)
+    ax.plot(steps, means, marker=marker, ms=4, color=color, label=label)
 
 
 def plot_chunks(
@@ -171,6 +187,8 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
         return policy.postprocess(actions, observation)
 
     observation = {key: batch[key] for key in policy.config.input_features}
+    if policy.preprocessor.has_text:
+        observation = policy.tokenize(observation | {TASK: batch[TASK]})
     predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))
     dims = batch[ACTION].shape[-1]
     trained, sampled = policy.config.action_delta_indices, policy.config.sampled_delta_indices

@@ -16,11 +16,13 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
 )  # with a limit, JAX locks it against other processes
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub.constants
 import jax
 import jaxtyping
 import pytest
 
 import tests.typechecker  # noqa: F401  (named in the hook)
+from tests.goldens import HUB
 
 jaxtyping.install_import_hook("lerobot_jax", "tests.typechecker.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +34,10 @@ def _caches_of_their_own(tmp_path_factory) -> None:
     """Keep tests away from the user's datasets and caches."""
     os.environ["HF_LEROBOT_HOME"] = str(tmp_path_factory.mktemp("lerobot_home"))
     os.environ["LEROBOT_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch) -> None:
+    """Let the models of the Hub's cache be small ones: tools/make_clip_golden.py."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(HUB))
+    monkeypatch.setenv("HF_HUB_CACHE", str(HUB))

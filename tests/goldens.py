@@ -14,6 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 ROOT = Path(__file__).parent / "golden"
+HUB = ROOT / "hub"  # laid out as the Hub's cache, with small models that stand for large ones
+CLIP = "tests/clip-tiny"
 
 
 class Golden:

@@ -95,31 +95,27 @@ def act(folder: str, observations: str) -> Arrays:
     return {"chunk": chunk.numpy(), "actions": torch.stack(actions).numpy()}
 
 
-def make_stock_policy(
-    policy: str,
+def make_stock(
     folder: str,
+    kind: str,
     inputs: dict[str, list[int]],
     action: int,
     settings: dict,
     rename_map: dict[str, str],
 ) -> Arrays:
-    """Save a policy of a type as stock LeRobot makes it, with random weights and statistics."""
+    """Save a policy as stock LeRobot makes it, with random weights and statistics."""
     kinds = {"observation.state": FeatureType.STATE, "observation.environment_state": FeatureType.ENV}
     features = {
         key: PolicyFeature(kinds.get(key, FeatureType.VISUAL), tuple(shape)) for key, shape in inputs.items()
     }
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (action,))}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     config = make_policy_config(
-        policy,
-        input_features=features,
-        output_features=outputs,
-        pretrained_backbone_weights=None,
-        device="cpu",
-        **settings,
+        kind, input_features=features, output_features=outputs, device="cpu", **settings
     )
     torch.manual_seed(0)
-    module = get_policy_class(policy)(config)
-    for name, value in module.state_dict().items():  # also what starts as zeros and ones
+    policy = get_policy_class(kind)(config)
+    for name, value in policy.state_dict().items():  # also what starts as zeros and ones
         if name.endswith("running_var"):
             value.uniform_(0.5, 1.5)
         elif value.is_floating_point():
@@ -323,7 +319,7 @@ class MovingPicture:
     def release(self) -> None: ...
 
 
-COMMANDS = {f.__name__: f for f in (write_dataset, read_dataset, act, make_stock_policy, initialize, rollout)}
+COMMANDS = {f.__name__: f for f in (write_dataset, read_dataset, act, make_stock, initialize, rollout)}
 
 
 def main() -> None:

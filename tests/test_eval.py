@@ -107,6 +107,32 @@ def test_eval_info_has_lerobots_fields(policy: FunctionalPolicy, tmp_path: Path)
     assert "5 episodes: success 0.0 % (95 %: 0.0 to 43" in evaluation.describe(info)
 
 
+def test_episodes_tell_their_motion(policy: FunctionalPolicy, tmp_path: Path):
+    config = EvalConfig(3, 2, False, 0)
+    runner = policy.make_runner(config.num_envs, seed=0)
+    episodes = evaluation.run_episodes(runner, ENV, config, seed=100, output_dir=tmp_path)
+    assert episodes is not None
+    assert [(e.number, e.seed, e.fps, e.length) for e in episodes] == [(i, 100 + i, 10, 12) for i in range(3)]
+    for episode in episodes:
+        assert (len(episode.positions), len(episode.commands)) == (13, 12)
+        envs = make_vector_env(ENV, "state", 1, use_async_envs=False)
+        first, _ = envs.reset(seed=episode.seed)
+        np.testing.assert_allclose(episode.positions[0], first["observation.state"][0, :2])
+        for command, position in zip(episode.commands, episode.positions[1:], strict=True):
+            observation, *_ = envs.step(command[None])
+            np.testing.assert_allclose(position, observation["observation.state"][0, :2], rtol=1e-5)
+        envs.close()
+        assert episode.steps_to_success is None
+
+
+def test_the_first_success_counts():
+    episode = evaluation.Episode(0, 100, fps=10)
+    for is_success in (False, True, False, True):
+        shown = {"is_success": is_success, "pos_agent": np.zeros(2)}
+        evaluation._add_step(episode, np.zeros(2, np.float32), 0.1, shown)
+    assert (episode.success, episode.steps_to_success, episode.length) == (True, 2, 4)
+
+
 def test_image_policies_see_the_camera(tmp_path: Path):
     policy = make_act(PIXELS)
     first, second = (results(run(policy, tmp_path, n)) for n in (1, 2))

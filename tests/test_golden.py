@@ -24,27 +24,26 @@ from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy, policy_class
+from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
 from lerobot_jax.rollout import Runner
 from tests.goldens import ROOT, Golden
 
-BATCH_SIZE = 3  # of every golden
 
-
-def act_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
+def act_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:
     return dict(zip(["noise"], recorded, strict=False))
 
 
-def vqbet_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
+def vqbet_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:
     crops = [draw for draw in recorded if draw.shape == (1,)]
     choices = [draw.astype(np.int32) for draw in recorded if draw.shape != (1,)]
     if not choices:  # codes are learned
         return {}
     # Both codebooks' at once, or those of the first before those of the second.
-    codes = np.concatenate(choices, axis=1).reshape(BATCH_SIZE, -1, 2)
+    codes = np.concatenate(choices, axis=1).reshape(len(golden.batch["raw/action"]), -1, 2)
     return {"codes": codes} | ({"crop": np.reshape(crops, 2).astype(np.int32)} if crops else {})
 
 
-def diffusion_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
+def diffusion_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:
     if recorded[-1].dtype == np.int64:  # a loss
         *crops, noise, timestep = recorded
         given = {"noise": noise, "timestep": timestep.astype(np.int32)}
@@ -53,8 +52,25 @@ def diffusion_draws(recorded: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {"noise": noise, "step_noise": np.reshape(steps, (-1, *noise.shape)).astype(np.float32)}
 
 
+def multi_task_dit_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:
+    config = load_config(golden.path / "model")
+    assert isinstance(config, MultiTaskDiTConfig)
+    if config.objective == "diffusion" or recorded[-1].ndim == 3:  # or a sample, from noise alone
+        return diffusion_draws(recorded, golden)
+    *crops, noise, time = recorded
+    if config.timestep_sampling_strategy == "beta":  # drawn as the first of two shares that sum to 1
+        time = np.float32(config.timestep_sampling_s) * (1 - (time[:, 0] if time.ndim == 2 else time))
+    given = {"noise": noise, "time": time}
+    return given | ({"crop": np.reshape(crops, (-1, 2)).astype(np.int32)} if crops else {})
+
+
 # From what LeRobot draws, in its order, to a policy's named draws.
-DRAWS = {"act": act_draws, "diffusion": diffusion_draws, "vqbet": vqbet_draws}
+DRAWS = {
+    "act": act_draws,
+    "diffusion": diffusion_draws,
+    "multi_task_dit": multi_task_dit_draws,
+    "vqbet": vqbet_draws,
+}
 
 # Those that compile long and differ in settings only.
 SLOW = {
@@ -67,6 +83,7 @@ SLOW = {
         "vae_minmax_s0",
     ),
     "diffusion": ("ddim_shared_s0", "ddpm_gn_s0"),
+    "multi_task_dit": ("ddim_shared_s0", "flow_rk4_two_encoders_s0"),
     "vqbet": ("one_step_s0",),
 }
 GOLDENS = [
@@ -76,6 +93,7 @@ GOLDENS = [
 KEY = jax.random.key(0)
 # A softmax does not see it. If its gradient is rounding noise indeed, Adam makes whole steps of that.
 NO_GRADIENT = r".*\.pool\.nets\.bias"
+pytestmark = pytest.mark.usefixtures("stand_ins")
 # As users compile it: this one's gradients cancel so much that rounding shows in their fourth digit.
 OPTIMIZED = {"full_resnet18": {"xla_backend_optimization_level": 3}}
 
@@ -119,7 +137,7 @@ def draws(golden: Golden, case: str, step: int = 0, num_steps: int = 1) -> dict[
     """Give the draws of one of the steps of a case."""
     recorded = golden.draws(case)
     num = len(recorded) // num_steps
-    given = DRAWS[golden.meta["policy"]](recorded[step * num : (step + 1) * num])
+    given = DRAWS[golden.meta["policy"]](recorded[step * num : (step + 1) * num], golden)
     return {name: jnp.asarray(x) for name, x in given.items()}
 
 
@@ -150,6 +168,9 @@ def test_preprocessing(golden: Golden, tmp_path: Path):
             expected = np.moveaxis(expected, -3, -1)
         actual = batch[key][: len(expected)]  # of images, the first sample is recorded
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=key)
+    for key in ("observation.language.tokens", "observation.language.attention_mask"):
+        assert (key in batch) == (f"in/{key}" in golden.batch)
+        np.testing.assert_array_equal(batch.get(key, ()), golden.batch.get(f"in/{key}", ()))
     observation = policy.preprocess(golden.inputs("obs/1/"))
     for key in policy.config.input_features.keys() - policy.config.image_features.keys():
         expected = golden.batch[f"obs_in/1/{key}"]
@@ -208,11 +229,10 @@ class RecordedRunner(Runner):
 
     def __init__(self, policy: FunctionalPolicy, batch_size: int, golden: Golden):
         super().__init__(policy, batch_size)
-        self._given: dict[str, Any] = {}
         if not golden.draws("select"):
+            self._given = {}
             return
-        num_steps = len(golden.expected["select/post/action"])
-        num_chunks = math.ceil(num_steps / policy.config.n_action_steps)
+        num_chunks = math.ceil(len(golden.expected["select/post/action"]) / policy.config.n_action_steps)
         chunks = [draws(golden, "select", i, num_chunks) for i in range(num_chunks)]
         self._given = {name: jnp.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -290,7 +310,10 @@ def test_learning_rates(golden: Golden, tmp_path: Path):
     """The recorded rates are those of LeRobot's parameter groups, in their order."""
     config = TrainConfig(policy=load(golden, tmp_path).config, steps=10)
     base = optim.optimizer_settings(config)["lr"]
-    groups = [base if group.lr is None else group.lr for group in config.policy.param_groups]
+    rates = dict.fromkeys(
+        group.lr for group in config.policy.param_groups
+    )  # LeRobot's are told apart by rate
+    groups = [base if rate is None else rate for rate in rates]
     factor = optim.make_schedule(config)
     for step, expected in enumerate(golden.expected["train_steps/lr"]):
         np.testing.assert_allclose(expected, [rate * factor(step) for rate in (base, *groups)], rtol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lerobot_jax import convert, sharding, train, training_data
+from lerobot_jax import convert, sharding, train, train_step, training_data
 from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.errors import InputError
@@ -72,7 +72,11 @@ def test_each_sample_is_normalized_with_its_own_datasets_statistics(arguments: l
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, 64)
     batch = training_data.training_samples(config, sources, policies[0], whole, split).read(np.arange(64))
     assert np.bincount(batch["dataset_index"])[1] in range(8, 25)
-    seen = jax.jit(train.make_preprocess(policies, is_mixture=True))(batch)
+    seeds = dataclasses.replace(config, num_seeds=2, seed=config.seed - 1)
+    both = training_data.training_samples(seeds, sources, policies[0], whole, split).read(np.arange(64))
+    jax.tree.map(lambda values, expected: np.testing.assert_array_equal(values[1], expected), both, batch)
+    assert (both["action"][0] != both["action"][1]).any()
+    seen = jax.jit(train_step.make_preprocess(policies, is_mixture=True))(batch)
     for i, source in enumerate(sources):
         stats = source.dataset.meta.stats
         of_dataset = batch["dataset_index"] == i

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from lerobot_jax import push_to_hub as push
 from lerobot_jax import train
+from lerobot_jax.checkpoint import Checkpoint, find_checkpoint
 from lerobot_jax.config import (
     DatasetConfig,
     EnvConfig,
@@ -27,7 +28,7 @@ from lerobot_jax.config import (
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.files import write_json
-from lerobot_jax.model_card import Checkpoint, write_card
+from lerobot_jax.model_card import write_card
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy, make_policy
 from lerobot_jax.processors.actions import ActionTarget
@@ -198,7 +199,7 @@ def test_what_the_hub_refuses_is_told_on_one_line(fake: FakeHub, run: Path, monk
 
 def test_the_card_says_what_the_run_tells(run: Path, tmp_path: Path):
     dataset = record(tmp_path / "blocks").meta  # episodes of 5, 8 and 4 frames
-    checkpoint = push.find_checkpoint(run)
+    checkpoint = find_checkpoint(run)
     assert checkpoint == Checkpoint(run / "checkpoints/000020/pretrained_model", run.resolve(), 20)
     text = write_card(checkpoint, "alice/arm", license="cc-by-4.0", tags=["so101"], dataset=dataset)
     data = metadata(text)
@@ -228,7 +229,7 @@ def test_the_card_says_what_the_run_tells(run: Path, tmp_path: Path):
 
 
 def test_the_recipe_in_the_card_is_the_run(run: Path):
-    text = write_card(push.find_checkpoint(run), "alice/arm")
+    text = write_card(find_checkpoint(run), "alice/arm")
     scope: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
     config = scope["get_config"]()
@@ -252,7 +253,7 @@ def test_the_card_of_a_run_on_a_mixture(run: Path):
         CONFIG, policy=dataclasses.replace(CONFIG.policy, action_target=target), dataset=MIXTURE
     )
     write_json(config.to_dict(), run / "checkpoints/last/pretrained_model/train_config.json")
-    card = write_card(push.find_checkpoint(run), "alice/arm")
+    card = write_card(find_checkpoint(run), "alice/arm")
     assert metadata(card)["datasets"] == ["alice/blocks", "bob/cups"]
     assert "| [bob/cups](https://huggingface.co/datasets/bob/cups) | 1.0 | - | 2 (numbers 1, 3) |" in card
     assert "normalized as for [alice/blocks]" in card
@@ -268,7 +269,7 @@ def test_the_card_of_a_run_on_a_mixture(run: Path):
 
 def test_what_is_not_known_is_left_out_in_plain_words(run: Path, tmp_path: Path):
     alone = shutil.copytree(run / "checkpoints/last/pretrained_model", tmp_path / "alone")
-    without_run = write_card(push.find_checkpoint(alone), "alice/arm")
+    without_run = write_card(find_checkpoint(alone), "alice/arm")
     assert "The metrics of the run are not known." in without_run
     assert "The policy comes without evaluation results." in without_run
     assert "Frames, frame rate, tasks and robot are not recorded" in without_run
@@ -278,19 +279,17 @@ def test_what_is_not_known_is_left_out_in_plain_words(run: Path, tmp_path: Path)
     write_json(
         {"dataset": {"repo_id": "bob/cups"}, "steps": 100_000, "batch_size": 8}, alone / "train_config.json"
     )
-    by_another = write_card(push.find_checkpoint(alone), "alice/arm")
+    by_another = write_card(find_checkpoint(alone), "alice/arm")
     assert "| Steps of the run | 100,000 |" in by_another
     assert "no recipe here" in by_another
     assert "trained with lerobot_jax" not in by_another
     (alone / "train_config.json").unlink()
-    bare = write_card(push.find_checkpoint(alone), "alice/arm")
+    bare = write_card(find_checkpoint(alone), "alice/arm")
     assert "Which dataset the policy was trained on is not recorded." in bare
     assert "How it was trained is not recorded" in bare
     assert "datasets" not in metadata(bare)
     (run / "eval/step_000020/eval_info.json").write_text("{")
-    assert "Could not be read: eval/step_000020/eval_info.json" in write_card(
-        push.find_checkpoint(run), "a/b"
-    )
+    assert "Could not be read: eval/step_000020/eval_info.json" in write_card(find_checkpoint(run), "a/b")
 
 
 def test_only_the_very_dataset_is_described(fake: FakeHub, tmp_path: Path, monkeypatch):

@@ -19,7 +19,16 @@ import optax
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import certificate, checkpoint, convert, state_dict, train, training_data
+from lerobot_jax import (
+    certificate,
+    checkpoint,
+    checkpoint_writer,
+    convert,
+    state_dict,
+    train,
+    train_step,
+    training_data,
+)
 from lerobot_jax.config import DatasetConfig, OptimizerConfig, TrainConfig, load_config
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.target_statistics import target_statistics
@@ -109,6 +118,36 @@ def test_a_run_leaves_its_files(arguments: list[str], tmp_path: Path):
     policy = load_policy(folder)
     ema = final_arrays(run)["['ema']['params']['model']['action_head']['bias']"]
     np.testing.assert_array_equal(policy.params["model"]["action_head"]["bias"], ema)
+
+
+@pytest.mark.parametrize("log_freq", [0, 7])
+def test_the_speed_is_that_of_training(
+    log_freq: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a clock by which a batch takes a second, and a save or an evaluation a hundred, between two records."""
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slowed(function, seconds: float):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    def slow_batches(batches, placement):
+        for batch in prefetch(batches, placement):
+            now[0] += 1
+            yield batch
+
+    prefetch = train.loader.prefetch_to_device
+    monkeypatch.setattr(train.loader, "prefetch_to_device", slow_batches)
+    monkeypatch.setattr(train, "held_out_losses", slowed(train.held_out_losses, 100))
+    monkeypatch.setattr(train, "plot_curves", slowed(train.plot_curves, 100))
+    train.main([*arguments, f"--config.log_freq={log_freq}"])
+    logged = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "steps_per_s" in r]
+    assert [r["step"] for r in logged] == ([20] if log_freq == 0 else [7, 14, 20])
+    assert [r["steps_per_s"] for r in logged] == [1.0] * len(logged)
 
 
 def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path):
@@ -284,7 +323,9 @@ def test_images_are_augmented_within_the_step():
     params = {"w": jnp.zeros(3)}
     optimizer = optax.sgd(1.0)
     state = {"step": jnp.array(7), "params": params, "buffers": {}, "opt_state": optimizer.init(params)}
-    new, metrics = jax.jit(train.make_train_step(loss, optimizer, config))(state, batch, jax.random.key(5))
+    new, metrics = jax.jit(train_step.make_train_step(loss, optimizer, config))(
+        state, batch, jax.random.key(5)
+    )
     micro_keys = jax.random.split(jax.random.fold_in(jax.random.key(5), 7), 2)
     brightness = []
     for key, some in zip(micro_keys, images, strict=True):
@@ -313,12 +354,12 @@ def test_micro_batches_of_a_step_see_the_same_progress():
         "buffers": {"steps": jnp.array(4), "passes": jnp.array(40)},
         "opt_state": optimizer.init(params),
     }
-    step = train.make_train_step(loss, optimizer, config, progress={("steps",)})
+    step = train_step.make_train_step(loss, optimizer, config, progress={("steps",)})
     new, metrics = jax.jit(step)(state, {"index": np.zeros((3, 1))}, jax.random.key(0))
     assert new["buffers"] == {"steps": 5, "passes": 43}
     assert metrics["steps"] == 4
-    assert train.mean_metrics([metrics, metrics | {"rare": jnp.float32(2)}])["rare"] == 2
-    assert "rare" not in train.mean_metrics([metrics])
+    assert train_step.mean_metrics([metrics, metrics | {"rare": jnp.float32(2)}])["rare"] == 2
+    assert "rare" not in train_step.mean_metrics([metrics])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path: Path):
@@ -353,7 +394,7 @@ def test_features_of_one_number_keep_their_axis(tmp_path: Path):
     (policy,) = training_data.build_policies(config, [source])
     keys = training_data.batch_keys(policy, source)
     batch = source.dataset.read(np.arange(4), keys)
-    seen = train.make_preprocess([policy], is_mixture=False)(batch)
+    seen = train_step.make_preprocess([policy], is_mixture=False)(batch)
     shapes = {key: seen[key].shape for key in ("observation.state", "action", "action_is_pad")}
     assert shapes == {"observation.state": (4, 1), "action": (4, 4, 1), "action_is_pad": (4, 4)}
 
@@ -460,14 +501,14 @@ def test_damaged_checkpoints_are_reported(arguments: list[str], tmp_path: Path):
 def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch
 ):
-    original = checkpoint.FunctionalPolicy.save_pretrained
+    original = checkpoint_writer.FunctionalPolicy.save_pretrained
 
     def full(self, folder, certified):
         if "000020" in str(folder):
             raise OSError(28, "No space left on device", str(folder))
         original(self, folder, certified)
 
-    monkeypatch.setattr(checkpoint.FunctionalPolicy, "save_pretrained", full)
+    monkeypatch.setattr(checkpoint_writer.FunctionalPolicy, "save_pretrained", full)
     with pytest.raises(InputError, match=r"000020: could not save .*No space left.*last good one is 000010"):
         train.main(arguments)
     assert checkpoint.saved_steps(tmp_path / "run") == [10]
@@ -478,7 +519,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
 
 
 def test_too_little_space_is_told_before_writing(arguments: list[str], tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(
         InputError, match=r"could not save the checkpoint .*MB needed, 0 MB free\); there is none yet"
     ):

@@ -33,6 +33,16 @@ def test_curves(tmp_path: Path):
     assert width > 3 * height  # a panel each for loss, reward, success, gradients, speed
 
 
+def test_curves_of_several_seeds(tmp_path: Path):
+    for seed in (9, 10):
+        (tmp_path / f"seed_{seed}").mkdir()
+        lines = [json.dumps(record | {"loss": seed / record["step"]}) for record in RECORDS]
+        (tmp_path / f"seed_{seed}/metrics.jsonl").write_text("\n".join(lines[: seed - 7]))  # one is ahead
+    visualize.main([f"--run={tmp_path}"])
+    with PIL.Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 3 * picture.height
+
+
 def test_action_chunks(tmp_path: Path):
     dataset = record(tmp_path / "dataset")
     features = dataset_to_policy_features(dataset.features)

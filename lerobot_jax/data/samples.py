@@ -1,12 +1,13 @@
 """Training samples in an endless, shuffled order: that at a position is a pure function of (dataset, seed).
 
 `ShuffledRows` reads samples on the host; `DeviceRows` gathers them on the devices, which hold the whole dataset.
-`mixture.MixedSamples` and `streaming.StreamedSamples` are of the same kind.
+`mixture.MixedSamples` and `streaming.StreamedSamples` are of the same kind. For several seeds at once, batches have
+a leading axis of seeds.
 """
 
 import functools
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -82,6 +83,17 @@ class ShuffledRows:
         return self.dataset.read(self.rows[self._shuffle.at(positions)], self.keys)
 
 
+class SeedSamples:
+    """Samples in the orders of several seeds; each batch is that of every seed, stacked."""
+
+    def __init__(self, parts: Sequence[Samples]):
+        self.parts = list(parts)
+
+    def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
+        batches = [part.read(positions) for part in self.parts]
+        return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
 class DeviceRows:
     """Rows of a dataset, shuffled, gathered on the devices; each of them holds the whole dataset.
 
@@ -93,7 +105,7 @@ class DeviceRows:
         dataset: LeRobotDataset,
         rows: np.ndarray,
         keys: Collection[str],
-        seed: int,
+        seed: int | Sequence[int],
         whole: jax.sharding.Sharding,
         split: jax.sharding.Sharding,
     ):
@@ -103,20 +115,24 @@ class DeviceRows:
             dataset: where the samples are.
             rows: those to draw from.
             keys: the entries that a sample has.
-            seed: of the order.
+            seed: of the order; several seeds: a batch has that of each, stacked.
             whole: keeps a copy of an array on every device.
             split: how a batch lies on the devices.
         """
         self.rows = rows
-        self._shuffle = Shuffle(len(rows), seed)
+        self._is_stacked = not isinstance(seed, int)
+        self._shuffles = [Shuffle(len(rows), each) for each in ([seed] if isinstance(seed, int) else seed)]
         self._arrays = _copy_to_devices(dataset, keys, whole)
         deltas = {key: jnp.asarray(delta) for key, delta in dataset.deltas.items()}
         wanted = [key for key in keys if key != TASK]
-        self._gather = jax.jit(functools.partial(_gather, deltas, wanted), out_shardings=split)
+        gather = functools.partial(_gather, deltas, wanted)
+        if self._is_stacked:
+            gather = jax.vmap(gather, (None, 0))
+        self._gather = jax.jit(gather, out_shardings=split)
 
     def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
-        rows = self.rows[self._shuffle.at(positions)].astype(np.int32)
-        return self._gather(self._arrays, rows)
+        rows = [self.rows[shuffle.at(positions)].astype(np.int32) for shuffle in self._shuffles]
+        return self._gather(self._arrays, np.stack(rows) if self._is_stacked else rows[0])
 
 
 def device_bytes(dataset: LeRobotDataset) -> int:

@@ -7,7 +7,7 @@ second frame, constant quality 30, preset 12. Chosen frames are decoded by `vide
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class VideoWriter:
         self._container.close()
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     """Write frames (h, w, 3) uint8 as an H.264 video that browsers play; odd sides lose one pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = VideoWriter(path, fps, VideoEncoding(vcodec="libx264", crf=23, g=12, preset=None))

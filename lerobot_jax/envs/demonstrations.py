@@ -24,7 +24,6 @@ from lerobot_jax.progress import progress_bar
 BUILTIN = {"builtin/pusht": False, "builtin/pusht_keypoints": True}  # name -> keypoints instead of images
 DEMONSTRATIONS = Path(__file__).with_name("pusht_demonstrations.npz")
 SOURCE_NAME = "demonstrations.sha256"  # in a built-in dataset: what it was made of
-TASK = "Push the T-shaped block onto the T-shaped target."
 FPS = 10
 
 
@@ -78,7 +77,7 @@ def record_episode(
             "next.reward": np.array([np.clip(next_coverages[t] / env.success_threshold, 0, 1)], np.float32),
             "next.done": np.array([t == len(states) - 1]),
             "next.success": np.array([next_coverages[t] > env.success_threshold]),
-            "task": TASK,
+            "task": env.task_description,
         }
         if "observation.image" in writer.features:
             frame["observation.image"] = env.picture if images is None else images[t]

@@ -23,10 +23,16 @@ OBS_KEYS = {
     "environment_state": "observation.environment_state",
 }
 INFO_METRICS = ("coverage",)  # reported by evaluations: the largest value of an episode
+INFO_POSITION = "pos_agent"  # where the agent is, in pixels of the 512 x 512 world
 
 
 class FastPushTEnv(PushTEnv):
-    """gym-pusht's environment with the same pictures, made without copying the whole drawing."""
+    """gym-pusht's environment with the same pictures, made without copying the whole drawing.
+
+    It says what its task is, in the words of the dataset `lerobot/pusht`; gym-pusht's does not.
+    """
+
+    task_description = "Push the T-shaped block onto the T-shaped target."
 
     def show(self, state: np.ndarray) -> None:
         """Put agent and block at a state: agent x, y, block x, y (pixels), block angle (radians); no physics."""

@@ -1,6 +1,7 @@
 """Environments side by side, for evaluations."""
 
 import functools
+from typing import Any
 
 import gymnasium
 
@@ -23,6 +24,21 @@ def make_vector_env(
             [make] * num_envs, context="forkserver", autoreset_mode=manual_reset
         )
     return gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=manual_reset)
+
+
+def task_texts(envs: Any) -> list[str]:
+    """Give what is to be done in each environment: its `task_description`, or its `task`, as LeRobot asks for them.
+
+    Args:
+        envs: synchronous or asynchronous ones, as `make_vector_env` gives them.
+
+    Raises:
+        InputError: when an environment has neither, where LeRobot tells the policy an empty text.
+    """
+    for name in ("task_description", "task"):
+        if all(envs.call("has_wrapper_attr", name)):
+            return list(envs.call(name))
+    raise InputError("the policy is told what to do, but the environment has no task_description and no task")
 
 
 def observation_type(config: EnvConfig, inputs: dict[str, PolicyFeature]) -> str:

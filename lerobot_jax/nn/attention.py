@@ -1,4 +1,4 @@
-"""Multi-head attention with the parameters and the arithmetic of `torch.nn.MultiheadAttention`."""
+"""Attention with PyTorch's arithmetic, and `torch.nn.MultiheadAttention` with its parameters."""
 
 import math
 
@@ -11,6 +11,35 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from lerobot_jax.nn.dropout import dropout
 from lerobot_jax.nn.initializers import torch_uniform
 from lerobot_jax.nn.linear import Linear
+
+
+def attend(
+    query: Float[Array, "b n q h"],
+    key: Float[Array, "b n k h"],
+    value: Float[Array, "b n k h"],
+    mask: Bool[Array, "#b #n #q k"] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "b n q h"]:
+    """Give each query the mean of the values, weighted by how well their keys match; softmax is in float32.
+
+    Args:
+        query: heads before positions.
+        key: of what is attended to.
+        value: what is averaged.
+        mask: which keys a query sees, True: seen; one that sees none gets zeros.
+        dropout_rate: of the weights.
+        dropout_key: without it, nothing is dropped.
+    """
+    scores = jnp.einsum("bnqh,bnkh->bnqk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    weights = dropout(weights, dropout_rate, dropout_key)
+    return jnp.einsum("bnqk,bnkh->bnqh", weights, value)
 
 
 class MultiheadAttention(nnx.Module):
@@ -54,12 +83,8 @@ class MultiheadAttention(nnx.Module):
             q, k = self._project(query, 0, d), self._project(key, d, 2 * d)
         v = self._project(value, 2 * d, 3 * d)
         q, k, v = (einops.rearrange(x, "b l (n h) -> b n l h", n=self.num_heads) for x in (q, k, v))
-        scores = jnp.einsum("bnqh,bnkh->bnqk", q / math.sqrt(d // self.num_heads), k).astype(jnp.float32)
-        if key_padding_mask is not None:
-            scores = jnp.where(key_padding_mask[:, None, None, :], -jnp.inf, scores)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        probabilities = dropout(probabilities, self.dropout, dropout_key)
-        attended = jnp.einsum("bnqk,bnkh->bnqh", probabilities, v)
+        mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+        attended = attend(q, k, v, mask, dropout_rate=self.dropout, dropout_key=dropout_key)
         return self.out_proj(einops.rearrange(attended, "b n q h -> b q (n h)"))
 
     def _project(self, x: Float[Array, "b l d"], start: int, stop: int) -> Float[Array, "b l {stop-start}"]:

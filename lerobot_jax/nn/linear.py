@@ -33,7 +33,9 @@ class Embedding(nnx.Embed):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`torch.nn.LayerNorm(features)`; its statistics are float32 whatever the dtype."""
+    """`torch.nn.LayerNorm(features, eps)`; its statistics are float32 whatever the dtype."""
 
-    def __init__(self, features: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        super().__init__(features, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, features: int, *, epsilon: float = 1e-5, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ):
+        super().__init__(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)

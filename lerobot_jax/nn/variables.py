@@ -13,3 +13,11 @@ class Progress(Buffer):
 
 class Counter(Progress):
     """A count that PyTorch's policy does not save: it begins at 0 when weights come from a PyTorch checkpoint."""
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turn a module's parameters into buffers: it is exported, but neither trained nor decayed."""
+    for _, part in nnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, nnx.Param):
+                setattr(part, name, Buffer(value.get_value()))

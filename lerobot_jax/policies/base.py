@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lerobot_jax import certificate, hub, migration, processors, rollout, state_dict, torch_state
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, OBS_STATE, TASK, NormalizationMode
+from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
 from lerobot_jax.nn.variables import Buffer, Progress
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
@@ -39,7 +39,7 @@ class PretrainedPart(NamedTuple):
     """A part of a policy that starts from the weights of another model."""
 
     path: tuple[str | int, ...]  # names and list positions from the policy down to the part
-    source: str  # a safetensors file, or a model on the Hub that has one
+    source: str  # a safetensors file, a folder that has one, or a model on the Hub that does
     ignore: str  # regular expression of the keys in it that the part does not have
     advice: str  # what to do when it cannot be found
     names: Mapping[str, str] = {}  # first words of the source's keys -> in the part, where they differ
@@ -80,7 +80,10 @@ class Policy(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FunctionalPolicy:
-    """A policy as pure functions, with its processors and, once it is initialized or loaded, its arrays."""
+    """A policy as pure functions, with its processors and, once it is initialized or loaded, its arrays.
+
+    In training it has `task_tokens`: a dataset's tasks as its tokenizer has them, a row for each `task_index`.
+    """
 
     config: PolicyConfig
     graphdef: Any
@@ -88,6 +91,7 @@ class FunctionalPolicy:
     postprocessor: processors.Pipeline
     params: Tree = dataclasses.field(default_factory=dict)
     buffers: Tree = dataclasses.field(default_factory=dict)
+    task_tokens: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Draw fresh (params, buffers); pure, so that it can be jitted with shardings."""
@@ -129,10 +133,14 @@ class FunctionalPolicy:
     def preprocess(self, batch: Batch) -> Batch:
         """Turn raw observations (and actions) into what the policy takes; works inside jit if there is no text.
 
-        Images are uint8, or float in 0..1; channel-last, or channel-first as stock LeRobot has them.
+        Images are uint8, or float in 0..1; channel-last, or channel-first as stock LeRobot has them. A task is a
+        text, or, if the policy has `task_tokens`, the `task_index` of one.
         """
         if TASK in batch:
             batch = self.tokenize(batch)
+        elif TASK_INDEX in batch:
+            rows = {key: jnp.asarray(table)[batch[TASK_INDEX]] for key, table in self.task_tokens.items()}
+            batch = {**batch, **rows}
         features = self.config.image_features
         renamed, resizes = self.preprocessor.rename_map, self.preprocessor.resizes_images
         images = {
@@ -160,6 +168,15 @@ class FunctionalPolicy:
 
     def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
+
+    def with_settings(self, **settings: Any) -> "FunctionalPolicy":
+        """Give the same arrays under other settings, which must not change their shapes.
+
+        Raises:
+            ValueError: when the settings cannot be.
+        """
+        config = dataclasses.replace(self.config, **settings)
+        return self.replace(config=config, graphdef=_graphdef(config))
 
     @property
     def module(self) -> Policy:
@@ -237,15 +254,21 @@ def make_policy(
         rename_map,
         config.action_target,
         image_size,
+        config.text_steps,
     )
     return FunctionalPolicy(config, _graphdef(config), pre, post)
+
+
+def unnormalized_inputs(config: PolicyConfig) -> list[str]:
+    """List the inputs that stay as they are because the settings do not say how their type is normalized."""
+    return [key for key, f in config.input_features.items() if f.type not in config.normalization_mapping]
 
 
 def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
     """Put pretrained weights into the parts of a new policy for which its config names some."""
     for part in policy_class(policy.config.type).pretrained_parts(policy.config):
         source = Path(part.source)
-        if not source.is_file():
+        if not source.exists():
             source = hub.fetch(part.source, "model", [MODEL_NAME], advice=part.advice) / MODEL_NAME
         module: Any = policy.module
         for name in part.path:
@@ -254,6 +277,8 @@ def load_pretrained_parts(policy: FunctionalPolicy, params: Tree, buffers: Tree)
         for tree, new in zip(
             (params, buffers), torch_state.from_torch(module, weights, ignore=part.ignore), strict=True
         ):
+            if not new:
+                continue  # a part without parameters, or without buffers
             around: Any = tree
             for name in part.path[:-1]:
                 around = around[name]

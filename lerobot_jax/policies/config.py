@@ -17,6 +17,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
+from lerobot_jax.processors.steps import Step
 from lerobot_jax.settings import check_settings
 
 CONFIG_NAME = "config.json"
@@ -92,9 +93,24 @@ class PolicyConfig(abc.ABC):
         return None
 
     @property
-    def drop_n_last_frames(self) -> int:
-        """How many frames at the end of an episode are not trained on."""
+    def denoising_steps(self) -> tuple[str, int] | None:
+        """The setting that says in how many steps noise becomes actions, and its value; None: there is none."""
+        return None
+
+    @property
+    def drop_n_last_frames(self) -> int | None:
+        """How many frames at the end of an episode are not trained on; None: as many as suit the policy."""
         return 0
+
+    @property
+    def num_dropped_frames(self) -> int:
+        """How many that is."""
+        return self.drop_n_last_frames or 0
+
+    @property
+    def text_steps(self) -> tuple[Step, ...]:
+        """How a new policy's preprocessor turns the task into tokens."""
+        return ()
 
     @property
     def param_groups(self) -> tuple[ParamGroup, ...]:

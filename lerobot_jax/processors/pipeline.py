@@ -256,8 +256,9 @@ def default_pipelines(
     rename_map: Mapping[str, str] | None = None,
     target: ActionTarget = ABSOLUTE,
     image_size: tuple[int, int] | None = None,
+    text_steps: Sequence[Step] = (),
 ) -> tuple[Pipeline, Pipeline]:
-    """Build what most policies use: rename, batch, device, normalize; and unnormalize, device.
+    """Build what most policies use: rename, batch, tokenize, device, normalize; and unnormalize, device.
 
     Mirrors `lerobot.processor.factory.make_default_pre_post_processors`. The statistics of `action` must be those
     of the target, whose steps stand where LeRobot's pi0 has them: beside the normalizer, on the raw side.
@@ -271,6 +272,7 @@ def default_pipelines(
     pre: Sequence[Step] = (
         RenameObservations(dict(rename_map or {})),
         AddBatchDimension(),
+        *text_steps,
         Device(device),
         *([CropResizeImages(resize_size=image_size)] if image_size else []),
         *to_target,

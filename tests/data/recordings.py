@@ -31,6 +31,7 @@ def record(
     root: Path,
     lengths: tuple[int, ...] = (5, 8, 4),
     features: dict[str, dict[str, Any]] | None = None,
+    tasks: tuple[str, str] = ("task 0", "task 1"),
     **settings: Any,
 ) -> LeRobotDataset:
     """Record episodes of these lengths, with two tasks in turn, and open the dataset."""
@@ -40,7 +41,7 @@ def record(
     for episode, length in enumerate(lengths):
         for t in range(length):
             writer.add_frame(
-                {"task": f"task {episode % 2}"} | {k: _value(rng, f, episode, t) for k, f in features.items()}
+                {"task": tasks[episode % 2]} | {k: _value(rng, f, episode, t) for k, f in features.items()}
             )
         writer.save_episode()
     writer.finalize()

@@ -9,7 +9,7 @@ import pytest
 from lerobot_jax import sharding
 from lerobot_jax.data import loader
 from lerobot_jax.data.dataset import LeRobotDataset
-from lerobot_jax.data.samples import DeviceRows, Samples, ShuffledRows, device_bytes
+from lerobot_jax.data.samples import DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
 from tests.data.recordings import record
 
 KEYS = ["index", "action", "action_is_pad", "observation.images.top"]
@@ -69,6 +69,19 @@ def test_devices_give_the_same_batches_as_the_host(dataset: LeRobotDataset):
         for key in KEYS:
             assert b[key].sharding.is_equivalent_to(split, b[key].ndim)
             np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batches_of_several_seeds_are_those_of_each(dataset: LeRobotDataset):
+    mesh, seeds, positions = sharding.make_mesh(), [3, 4, 5], 8 + np.arange(8)
+    split = sharding.batch_sharding(mesh, 8, axis=1)
+    alone = [ShuffledRows(dataset, ROWS, KEYS, seed) for seed in seeds]
+    on_host = SeedSamples(alone).read(positions)
+    on_device = DeviceRows(dataset, ROWS, KEYS, seeds, sharding.replicated(mesh), split).read(positions)
+    for i, samples in enumerate(alone):
+        for key, value in samples.read(positions).items():
+            np.testing.assert_array_equal(on_host[key][i], value)
+            np.testing.assert_array_equal(on_device[key][i], value)
+            assert on_device[key].sharding.is_equivalent_to(split, value.ndim + 1)
 
 
 def test_validation_batches_cover_the_rows_once(dataset: LeRobotDataset):

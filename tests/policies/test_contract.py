@@ -11,14 +11,16 @@ import pytest
 
 import lerobot_jax.policies
 from lerobot_jax import torch_state
-from lerobot_jax.features import FeatureType
+from lerobot_jax.features import TASK, FeatureType
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
 from lerobot_jax.policies.config import group_of
 
 NAMES = [module.name for module in pkgutil.iter_modules(lerobot_jax.policies.__path__) if module.ispkg]
 
 # They denoise, or encode, whole chunks with what pads them; at most their loss leaves it out.
-PADDING_IS_SEEN = ("diffusion", "vqbet")
+PADDING_IS_SEEN = ("diffusion", "multi_task_dit", "vqbet")
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 @pytest.fixture(params=NAMES)
@@ -57,6 +59,8 @@ def make_batch(policy: FunctionalPolicy, batch_size: int = 3) -> dict:
             batch[key] = rng.normal(size=(batch_size, *past, *feature.shape)).astype(np.float32)
     batch["action"] = rng.normal(size=(batch_size, steps, *config.action_feature.shape)).astype(np.float32)
     batch["action_is_pad"] = np.arange(steps)[None] >= np.array([steps, steps - 1, steps - 2])[:, None]
+    if policy.preprocessor.has_text:
+        batch = policy.tokenize(batch | {TASK: [f"pick up {i} cubes" for i in range(batch_size)]})
     return batch
 
 
@@ -105,6 +109,30 @@ def test_per_sample_losses(policy: FunctionalPolicy):
     loss, _ = loss_fn(policy.params, policy.buffers, batch, jax.random.key(1), train=True)
     assert losses.shape == (3,)
     np.testing.assert_allclose(losses.mean(), loss, rtol=1e-5)
+
+
+def test_a_choice_of_denoising_steps_is_told(policy: FunctionalPolicy):
+    """Under LeRobot's names for it; another number acts with the same weights."""
+    names = {field.name for field in dataclasses.fields(policy.config)}
+    if policy.config.denoising_steps is None:
+        assert not names & {
+            "num_inference_steps",
+            "num_integration_steps",
+            "num_denoising_steps",
+            "num_steps",
+        }
+        return
+    name, steps = policy.config.denoising_steps
+    assert steps == getattr(policy.config, name) or getattr(policy.config, name) is None
+    other = policy.with_settings(**{name: steps - 1})
+    assert other.config.denoising_steps == (name, steps - 1)
+    batch = policy.preprocess(make_batch(policy))
+    before, after = (
+        jax.make_jaxpr(each.sample_actions)(policy.params, policy.buffers, batch, jax.random.key(0))
+        for each in (policy, other)
+    )
+    assert after.out_avals == before.out_avals
+    assert str(after) != str(before)
 
 
 def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):

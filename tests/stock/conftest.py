@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.goldens import HUB
+
 PEER = Path(__file__).parents[1] / "lerobot_peer.py"
 
 
@@ -25,6 +27,7 @@ def environment() -> dict[str, str]:
     """Give the environment variables under which commands need no network and no GPU."""
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(HUB),
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",

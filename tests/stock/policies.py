@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lerobot_jax.features import FeatureType, PolicyFeature
-from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.policies.base import FunctionalPolicy, load_pretrained_parts, make_policy
 from lerobot_jax.policies.config import PolicyConfig
 
 
@@ -16,7 +16,9 @@ def new_policy(
     config: PolicyConfig, action: int, stats: Mapping[str, Mapping[str, np.ndarray]] | None = None
 ) -> FunctionalPolicy:
     """Initialize a policy whose action has so many dimensions; statistics that are not given are random."""
-    changes: dict[str, Any] = {"pretrained_backbone_weights": None, "device": "cpu"}
+    changes: dict[str, Any] = {"device": "cpu"}
+    if hasattr(config, "pretrained_backbone_weights"):
+        changes["pretrained_backbone_weights"] = None
     changes["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (action,))}
     config = dataclasses.replace(config, **changes)
     rng = np.random.default_rng(1)
@@ -26,5 +28,5 @@ def new_policy(
         low = rng.normal(0, 1, shape).astype(np.float32)
         drawn[key] = {"mean": low, "std": np.abs(low) + 0.5, "min": low - 1, "max": low + 2}
     policy = make_policy(config, drawn | dict(stats or {}))
-    params, buffers = policy.init(jax.random.key(0))
+    params, buffers = load_pretrained_parts(policy, *policy.init(jax.random.key(0)))
     return policy.replace(params=params, buffers=buffers)

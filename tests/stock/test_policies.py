@@ -12,11 +12,13 @@ from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.policies.diffusion import DiffusionConfig
+from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
 from lerobot_jax.policies.vqbet import VQBeTConfig
+from tests.goldens import CLIP
 from tests.stock.conftest import Peer, lerobot_python
 from tests.stock.policies import new_policy
 
-pytestmark = pytest.mark.lerobot
+pytestmark = [pytest.mark.lerobot, pytest.mark.usefixtures("stand_ins")]
 
 STATE = PolicyFeature(FeatureType.STATE, (3,))
 ENV = PolicyFeature(FeatureType.ENV, (5,))
@@ -137,6 +139,62 @@ VQBET = {
         sequentially_select=True,
     ),
 }
+SMALL_DIT: dict[str, Any] = {
+    "hidden_dim": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "timestep_embed_dim": 16,
+    "vision_encoder_name": CLIP,
+    "text_encoder_name": CLIP,
+    "tokenizer_max_length": 24,
+    "image_crop_shape": (32, 32),
+}
+MULTI_TASK_DIT = {
+    "flow matching, two towers": MultiTaskDiTConfig(
+        **SMALL_DIT,
+        input_features={
+            "observation.images.b": IMAGE,
+            "observation.state": STATE,
+            "observation.images.a": IMAGE,
+        },
+        n_obs_steps=1,
+        horizon=9,
+        n_action_steps=9,
+        objective="flow_matching",
+        num_integration_steps=7,
+        integration_method="rk4",
+        sigma_min=0.1,
+        use_separate_rgb_encoder_per_camera=True,
+        rope_base=50.0,
+    ),
+    "DDPM, keypoints that are not seen": MultiTaskDiTConfig(
+        **SMALL_DIT | {"image_crop_shape": None},
+        input_features={"observation.environment_state": ENV, "observation.state": STATE},
+        n_obs_steps=3,
+        horizon=12,
+        n_action_steps=5,
+        num_train_timesteps=20,
+        use_rope=False,
+        use_positional_encoding=True,
+    ),
+}
+STOCK_DIT: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "DDIM, tasks padded left": (
+        SMALL_DIT
+        | {
+            "noise_scheduler_type": "DDIM",
+            "num_inference_steps": 5,
+            "image_resize_shape": (34, 40),
+            "tokenizer_padding_side": "left",
+            "use_positional_encoding": True,
+        },
+        {"observation.state": (4,), "observation.images.a": (3, 50, 64), "observation.images.b": (3, 50, 64)},
+    ),
+    "Euler, a crop that stock drops": (
+        SMALL_DIT | {"objective": "flow_matching", "num_integration_steps": 10, "image_crop_shape": (40, 40)},
+        {"observation.images.top": (3, 32, 32), "observation.state": (2,)},
+    ),
+}
 # Settings, inputs and names of observations outside, for policies that stock LeRobot makes
 STOCK: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, str]]] = {
     "two cameras, renamed": (
@@ -226,8 +284,16 @@ def test_stock_loads_our_policy_and_acts_alike(stock: Peer, tmp_path: Path, name
 def test_our_policy_loads_stocks_and_acts_alike(stock: Peer, tmp_path: Path, name: str):
     settings, inputs, rename_map = STOCK[name]
     folder, observations = tmp_path / "policy", tmp_path / "observations.npz"
-    what = {"policy": "act", "inputs": inputs, "action": 3, "settings": settings, "rename_map": rename_map}
-    stock("make_stock_policy", folder=folder, **what)
+    settings = settings | {"pretrained_backbone_weights": None}
+    stock(
+        "make_stock",
+        folder=folder,
+        kind="act",
+        inputs=inputs,
+        action=3,
+        settings=settings,
+        rename_map=rename_map,
+    )
     original = {new: old for old, new in rename_map.items()}
     make_observations(observations, {original.get(key, key): shape for key, shape in inputs.items()})
     assert_acts_like_stock(stock, folder, observations)
@@ -242,20 +308,45 @@ def test_stock_generates_our_actions_from_the_same_noise(tmp_path: Path, name: s
 def test_our_vqbet_loads_stocks_and_chooses_the_same_codes(stock: Peer, tmp_path: Path):
     small = {"gpt_n_layer": 2, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 32, "vqvae_n_embed": 7}
     inputs = {"observation.image": (3, 90, 86), "observation.state": (4,)}
-    settings = small | {"n_obs_steps": 2, "bet_softmax_temperature": 1.0}
-    what = {"policy": "vqbet", "inputs": inputs, "action": 3, "settings": settings, "rename_map": {}}
-    stock("make_stock_policy", folder=tmp_path, **what)
+    settings = small | {"n_obs_steps": 2, "bet_softmax_temperature": 1.0, "pretrained_backbone_weights": None}
+    what = {"kind": "vqbet", "inputs": inputs, "action": 3, "settings": settings, "rename_map": {}}
+    stock("make_stock", folder=tmp_path, **what)
+    convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
+
+
+@pytest.mark.parametrize("name", MULTI_TASK_DIT)
+def test_stock_generates_our_actions_for_a_task(tmp_path: Path, name: str):
+    policy = new_policy(MULTI_TASK_DIT[name], action=2)
+    # A new policy's layers do nothing yet.
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), policy.params
+    )
+    policy.replace(params=moved).save_pretrained(tmp_path)
+    convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
+
+
+@pytest.mark.parametrize("name", STOCK_DIT)
+def test_we_generate_stocks_actions_for_a_task(stock: Peer, tmp_path: Path, name: str):
+    settings, inputs = STOCK_DIT[name]
+    made = {"kind": "multi_task_dit", "inputs": inputs, "action": 3, "settings": settings, "rename_map": {}}
+    stock("make_stock", folder=tmp_path, **made)
     convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
 
 
 # Stock LeRobot moves the running statistics of batch norms when it makes one of the others.
-NEW = [*OURS, "DDPM, random crops", "environment state, actions predicted", list(VQBET)[1]]
+NEW = (
+    *OURS,
+    "DDPM, random crops",
+    "environment state, actions predicted",
+    "flow matching, two towers",
+    "VQ-BeT, codes one by one, an unused input",
+)
 
 
 @pytest.mark.parametrize("name", NEW)
 def test_new_policies_start_like_stock_ones(stock: Peer, tmp_path: Path, name: str):
     """Every parameter is drawn from the same distribution: equal spread, up to sampling error."""
-    policy = new_policy((OURS | DIFFUSION | VQBET)[name], action=2)
+    policy = new_policy((OURS | DIFFUSION | MULTI_TASK_DIT | VQBET)[name], action=2)
     ours = torch_state.to_torch(policy.module, policy.params, policy.buffers)
     theirs = stock("initialize", config=policy.config.to_dict(), folder=tmp_path)
     assert set(ours) == set(theirs)

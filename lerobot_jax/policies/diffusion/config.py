@@ -177,6 +177,10 @@ class DiffusionConfig(PolicyConfig):
         return self.num_train_timesteps if self.num_inference_steps is None else self.num_inference_steps
 
     @property
+    def denoising_steps(self) -> tuple[str, int]:
+        return "num_inference_steps", self.num_sampling_steps
+
+    @property
     def resize_size(self) -> tuple[int, int] | None:
         """(height, width) to which images are resized first."""
         return self.resize_shape

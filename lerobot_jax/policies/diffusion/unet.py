@@ -3,8 +3,6 @@
 Mirrors `DiffusionConditionalUnet1d` of `lerobot.policies.diffusion.modeling_diffusion`; channel-last.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +12,7 @@ from lerobot_jax.nn.conv import Conv1d, ConvTranspose1d
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.norms import GroupNorm
 from lerobot_jax.nn.sequential import Sequential
+from lerobot_jax.nn.time_embedding import SinusoidalPosEmb
 from lerobot_jax.policies.diffusion.config import DiffusionConfig
 
 
@@ -141,16 +140,3 @@ class ConditionalResidualBlock1d(nnx.Module):
 
 def _identity(x: Array) -> Array:
     return x
-
-
-class SinusoidalPosEmb(nnx.Module):
-    """Embeds diffusion steps: sines, then cosines."""
-
-    def __init__(self, d: int):
-        self.d = d
-
-    def __call__(self, timestep: Int[Array, " b"]) -> Float[Array, "b d"]:
-        half = self.d // 2
-        frequency = jnp.exp(jnp.arange(half) * -(math.log(10000) / (half - 1)))
-        angle = timestep[:, None].astype(jnp.float32) * frequency[None]
-        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

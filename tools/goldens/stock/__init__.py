@@ -3,5 +3,9 @@ than the reader of the goldens.
 """
 
 import os
+from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+HUB = (
+    Path(__file__).resolve().parents[3] / "tests" / "golden" / "hub"
+)  # small models that stand for large ones
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(HUB), "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,159 @@
+"""The train step: preprocessing, augmentation, loss, gradients, optimizer, EMA, as pure functions to jit."""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lerobot_jax import optim
+from lerobot_jax.config import TrainConfig
+from lerobot_jax.data.mixture import DATASET_INDEX
+from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.processors import RenameObservations
+from lerobot_jax.transforms import random_transforms
+
+Tree = dict[str, Any]
+
+
+def make_preprocess(policies: Sequence[FunctionalPolicy], *, is_mixture: bool):
+    """Give the preprocessing of raw batches; in a mixture, a sample has the statistics of its own dataset."""
+    if not is_mixture:
+        return functools.partial(_preprocess, policies[0])
+    # The samples of a mixture have the policy's names already.
+    pipelines = [each.preprocessor.replace(RenameObservations({})) for each in policies]
+    policies = [each.replace(preprocessor=pre) for each, pre in zip(policies, pipelines, strict=True)]
+
+    def preprocess(batch: Tree) -> Tree:
+        which = batch[DATASET_INDEX]
+        versions = [each.preprocess(batch) for each in policies]
+
+        def select(*values: jax.Array) -> jax.Array:
+            chosen = which.reshape(-1, *(1,) * (values[0].ndim - 1))
+            return jax.lax.select_n(jnp.broadcast_to(chosen, values[0].shape), *values)
+
+        return jax.tree.map(select, *versions)
+
+    return preprocess
+
+
+def _preprocess(policy: FunctionalPolicy, batch: Tree) -> Tree:
+    """Restore the axis of single numbers, which LeRobot's datasets drop, and preprocess."""
+    features = {**policy.config.input_features, **policy.config.output_features}
+    names = {key: policy.preprocessor.rename_map.get(key, key) for key in batch}
+    single = [key for key, name in names.items() if name in features and features[name].shape == (1,)]
+    return policy.preprocess(batch | {key: batch[key][..., None] for key in single})
+
+
+def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
+    """Give `loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` of raw batches, in training.
+
+    In a mixture, the metrics tell the loss of each dataset by name; NaN if a batch has none of its samples.
+    """
+
+    def mean_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        loss, (metrics, buffers) = policy.loss_fn(params, buffers, preprocess(batch), key, train=True)
+        return loss, ({"loss": loss, **metrics}, buffers)
+
+    def mixed_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        losses, (metrics, buffers) = policy.loss_fn(
+            params, buffers, preprocess(batch), key, train=True, reduction="none"
+        )
+        loss = jnp.mean(losses)
+        metrics = {"loss": loss, **metrics}
+        for i, name in enumerate(names):
+            metrics[f"loss/{name}"] = jnp.mean(losses, where=batch[DATASET_INDEX] == i)
+        return loss, (metrics, buffers)
+
+    return mean_loss if len(names) == 1 else mixed_loss
+
+
+def make_train_step(
+    loss_fn: Any,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    progress: Collection[tuple[Any, ...]] = (),
+):
+    """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
+
+    All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
+    axis of micro-batches, which all see the buffers in `progress` as they were before the step.
+    """
+    augment = random_transforms(config.dataset.image_transforms)
+    if config.num_seeds > 1 and config.dataset.image_transforms.enable:
+        # Mapped over seeds, this takes one seed after another: so its branches stay branches.
+        augment = jax.custom_batching.sequential_vmap(augment)
+
+    def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
+        images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8 and v.ndim > 3}
+        return loss_fn(params, buffers, batch | augment(augment_key, images), key)
+
+    gradient = jax.grad(augmented_loss, has_aux=True)
+
+    def accumulated_gradient(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+        num = config.gradient_accumulation_steps
+        if num == 1:
+            return gradient(params, buffers, batch, key)
+
+        before = {path: x for path, x in flatten_dict(buffers).items() if path in progress}
+
+        def add(carry, inputs):
+            total, buffers = carry
+            buffers = unflatten_dict(flatten_dict(buffers) | before)
+            grads, (metrics, buffers) = gradient(params, buffers, *inputs)
+            return (jax.tree.map(jnp.add, total, grads), buffers), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
+        means = {
+            name: jnp.mean(x) if _is_in_every_step(name) else jnp.nanmean(x) for name, x in metrics.items()
+        }
+        return jax.tree.map(lambda g: g / num, total), (means, buffers)
+
+    schedule, base_lr = optim.make_schedule(config), optim.optimizer_settings(config)["lr"]
+
+    def train_step(state: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, Tree]:
+        step = state["step"]
+        key = jax.random.fold_in(key, step)
+        grads, (metrics, buffers) = accumulated_gradient(state["params"], state["buffers"], batch, key)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
+        if config.ema_decay is not None:
+            values = {"params": params, "buffers": buffers}
+            new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": base_lr * schedule(step)}
+        return new, metrics
+
+    return train_step
+
+
+def make_eval_loss(policy: FunctionalPolicy, preprocess: Any):
+    """Give `loss(weights, batch, key, i)` without dropout and with noise that depends on `key` and `i` only."""
+
+    def eval_loss(weights: Tree, batch: Tree, key: jax.Array, i: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, i)
+        return policy.loss_fn(weights["params"], weights["buffers"], preprocess(batch), key, train=False)[0]
+
+    return eval_loss
+
+
+def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
+    """Average the metrics of some steps; what no step has (a dataset that was not drawn) is left out."""
+    found = {}
+    for name in steps[0]:
+        values = np.array([step[name] for step in steps])
+        known = values if _is_in_every_step(name) else values[~np.isnan(values)]
+        if len(known):
+            found[name] = float(np.mean(known))
+    return found
+
+
+def _is_in_every_step(metric: str) -> bool:
+    """Tell whether NaN means that training has diverged, and not that a step does not have the metric."""
+    return metric in ("loss", "grad_norm")
