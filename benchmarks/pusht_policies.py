@@ -1,7 +1,8 @@
 """The policies that the benchmarks time, of both sides, and data of Push-T's shapes.
 
-ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`; one 96x96
-camera.
+ACT has LeRobot's default sizes, Diffusion Policy those of the published `lerobot/diffusion_pusht`, VQ-BeT those of
+`lerobot/vqbet_pusht`, after it has learned its codes (before: `--options='{"n_vqvae_training_steps": 1000}'`); one
+96x96 camera.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 OPTIONS: dict[str, dict[str, Any]] = {
     "act": {},
     "diffusion": {"horizon": 16, "n_action_steps": 8, "crop_shape": (84, 84), "use_group_norm": True},
+    "vqbet": {"n_vqvae_training_steps": 1, "n_action_pred_token": 7, "use_group_norm": True},
 }
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
 SHAPES = {IMAGE: (3, 96, 96), STATE: (2,), ACTION: (2,)}

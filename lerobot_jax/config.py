@@ -212,10 +212,11 @@ class SchedulerConfig:
             "cosine",
             "cosine_annealing_with_warmup",
             "cosine_decay_with_warmup",
+            "vqbet",
         ]
         | None
     ) = None
-    """LeRobot's schedules; `cosine` is diffusers'; `constant` is none."""
+    """LeRobot's schedules; `cosine` is diffusers'; `constant` is none; `vqbet` waits for the codes."""
     num_warmup_steps: int | None = None
     """Steps over which the learning rate rises."""
     num_decay_steps: int | None = None
@@ -224,9 +225,14 @@ class SchedulerConfig:
     """cosine_decay_with_warmup: the rate that decay_lr is relative to."""
     decay_lr: float | None = None
     """cosine_decay_with_warmup: the final learning rate."""
+    num_vqvae_training_steps: int | None = None
+    """vqbet: steps before warm-up, at the full rate."""
+    num_cycles: float | None = None
+    """vqbet: how many waves of the cosine; 0.5, the default, falls to 0."""
 
     def __post_init__(self):
-        for name in ("num_warmup_steps", "num_decay_steps", "peak_lr", "decay_lr"):
+        names = ("num_warmup_steps", "num_decay_steps", "peak_lr", "decay_lr", "num_vqvae_training_steps")
+        for name in (*names, "num_cycles"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"scheduler.{name} must not be negative, it is {value}")
@@ -363,8 +369,7 @@ class TrainConfig:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {k: v for k, v in data.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
         data |= {name: dataclasses.asdict(part) for name, part in parts.items()}
-        target: Any = self.policy.action_target
-        return data | {"policy": self.policy.to_dict() | {"action_target": dataclasses.asdict(target)}}
+        return data | {"policy": self.policy.to_dict() | self.policy.own_settings()}
 
 
 def load_config(argv: Sequence[str]) -> TrainConfig:

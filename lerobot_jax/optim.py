@@ -4,12 +4,14 @@ Mirrors `lerobot.optim.{optimizers, schedulers}` and `torch.optim`. Steps count 
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import torch_state
 from lerobot_jax.config import TrainConfig
@@ -42,10 +44,8 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
 
 def make_optimizer(config: TrainConfig, params: Tree) -> optax.GradientTransformation:
     """Build clipping, the optimizer with its parameter groups, and the schedule for parameters of these names."""
-    settings = optimizer_settings(config)
-    groups = jax.tree.map(
-        lambda name: group_of(name, config.policy.param_groups), torch_state.dotted_names(params)
-    )
+    settings, names = optimizer_settings(config), torch_state.dotted_names(params)
+    groups = jax.tree.map(lambda name: group_of(name, config.policy.param_groups), names)
     is_group = lambda node: hasattr(node, "pattern")  # noqa: E731
 
     def per_leaf(name: str) -> Tree:
@@ -58,16 +58,69 @@ def make_optimizer(config: TrainConfig, params: Tree) -> optax.GradientTransform
         )
 
     rates, decays = per_leaf("lr"), per_leaf("weight_decay")
-    schedule = make_schedule(config)
-    parts = [clip_by_global_norm(settings["grad_clip_norm"])]
-    if settings["type"] == "adamw":
-        parts += [scale_by_adam(settings), add_decayed_weights(decays)]
-    elif settings["type"] == "adam":
-        parts += [add_decayed_weights(decays), scale_by_adam(settings)]
+    phases = config.policy.param_phases
+    if phases:
+        parts = [in_phases(phases, names, lambda part: optax.chain(*update_rule(settings, part(decays))))]
     else:
-        momentum = optax.trace(settings["momentum"]) if settings["momentum"] else optax.identity()
-        parts += [add_decayed_weights(decays), momentum]
-    return optax.chain(*parts, scale_by_rates(rates, schedule))
+        parts = update_rule(settings, decays)
+    clip = clip_by_global_norm(settings["grad_clip_norm"])
+    return optax.chain(clip, *parts, scale_by_rates(rates, make_schedule(config)))
+
+
+def update_rule(settings: dict[str, Any], decays: Tree) -> list[optax.GradientTransformation]:
+    """Give what the optimizer makes of gradients before they are multiplied by the learning rate."""
+    decay = add_decayed_weights(decays)
+    if settings["type"] == "adamw":
+        return [scale_by_adam(settings), decay]
+    if settings["type"] == "adam":
+        return [decay, scale_by_adam(settings)]
+    return [decay, optax.trace(settings["momentum"]) if settings["momentum"] else optax.identity()]
+
+
+def in_phases(
+    patterns: Sequence[str], names: Tree, make_rule: Callable[[Callable[[Tree], Tree]], Any]
+) -> optax.GradientTransformation:
+    """Update the parameters of each phase of training only in steps in which any of them has a gradient.
+
+    So do PyTorch's optimizers: a parameter without gradient (None) keeps its value, its moments and its own count
+    of steps, and is not decayed. Here, a phase has no gradient if all of its gradients are exactly 0.
+
+    Args:
+        patterns: of dotted names, one a phase; the first match counts.
+        names: the tree of the parameters' dotted names.
+        make_rule: builds the transformation for a phase, given a function that gives its part of a tree.
+    """
+    phase_of = {
+        path: next(str(i) for i, pattern in enumerate(patterns) if re.match(pattern, str(name)))
+        for path, name in flatten_dict(names).items()
+    }
+
+    def part_of(phase: str) -> Callable[[Tree], Tree]:
+        return lambda tree: unflatten_dict(
+            {path: leaf for path, leaf in flatten_dict(tree).items() if phase_of[path] == phase}
+        )
+
+    parts = {phase: part_of(phase) for phase in sorted(set(phase_of.values()))}
+    rules = {phase: make_rule(part) for phase, part in parts.items()}
+
+    def init(params):
+        return {phase: rule.init(parts[phase](params)) for phase, rule in rules.items()}
+
+    def update(updates, state, params: Any = None):
+        moves, states = {}, {}
+        for phase, rule in rules.items():
+            gradients = parts[phase](updates)
+            is_trained = jnp.any(jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(gradients)]))
+            move, states[phase] = jax.lax.cond(
+                is_trained,
+                rule.update,
+                lambda gradients, state, params: (gradients, state),
+                *(gradients, state[phase], parts[phase](params)),
+            )
+            moves |= flatten_dict(move)
+        return unflatten_dict(moves), states
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam(settings: dict[str, Any]) -> optax.GradientTransformation:
@@ -134,6 +187,11 @@ def make_schedule(config: TrainConfig) -> Schedule:
         return lambda step: jnp.minimum(step / max(1, warmup), 1.0)
     if kind in ("cosine", "cosine_annealing_with_warmup"):
         return _cosine(warmup, config.steps)
+    if kind == "vqbet":
+        waiting, cycles = settings.get("num_vqvae_training_steps"), settings.get("num_cycles", 0.5)
+        if waiting is None:
+            raise InputError("scheduler.num_vqvae_training_steps is needed by vqbet")
+        return _vqbet(warmup, waiting, cycles, config.steps)
     missing = [name for name in ("num_decay_steps", "peak_lr", "decay_lr") if name not in settings]
     if missing:
         raise InputError(f"scheduler.{missing[0]} is needed by {kind}")
@@ -162,6 +220,21 @@ def _cosine_decay(warmup: int, decay_steps: int, final: float, steps: int) -> Sc
         rising = start + (1 - start) * step / max(1, warmup)
         falling = (1 - final) * _half_cosine(step / decay_steps) + final
         return jnp.where(step < warmup, rising, falling)
+
+    return factor
+
+
+def _vqbet(warmup: int, waiting: int, cycles: float, steps: int) -> Schedule:
+    """LeRobot's `VQBeTSchedulerConfig`: a cosine whose warm-up begins after `waiting` steps at the full rate.
+
+    As in LeRobot, the cosine is as long as if it began at step 0, so that the rate does not reach 0.
+    """
+
+    def factor(step):
+        step = step - waiting
+        progress = (step - warmup) / max(1, steps - warmup)
+        falling = jnp.maximum(0.5 * (1 + jnp.cos(math.pi * cycles * 2 * progress)), 0.0)
+        return jnp.where(step < 0, 1.0, jnp.where(step < warmup, step / max(1, warmup), falling))
 
     return factor
 

@@ -42,6 +42,9 @@ def main(folder: str, certificate: str, out: str) -> None:
     noise = {key.removeprefix("noise/"): value for key, value in given.items() if key.startswith("noise/")}
     batch = preprocess(observation)
     play_back(noise.pop("step_noise", torch.empty(0)))
+    if config.type == "vqbet":
+        choose_codes(noise.pop("gumbel"), config.sequentially_select)
+        fill_queues(policy, batch)
     with torch.inference_mode():
         chunk = predict_chunk(policy, batch, noise)
     found = {f"preprocessed/{key}": batch[key] for key in config.input_features}
@@ -65,6 +68,29 @@ def play_back(step_noise: torch.Tensor) -> None:
 
         remaining = iter(step_noise)
         scheduling_ddpm.randn_tensor = lambda *args, **kwargs: next(remaining)
+
+
+def choose_codes(gumbel: torch.Tensor, one_by_one: bool) -> None:
+    """Let VQ-BeT draw codes by this noise, (b, 1, codebooks, codes), for every step."""
+    remaining = iter(gumbel.split(1, dim=2) if one_by_one else [gumbel])
+
+    def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        noise = next(remaining)
+        steps = len(probabilities) // (len(noise) * noise.shape[2])
+        noise = noise.expand(-1, steps, -1, -1).reshape(probabilities.shape)
+        return (probabilities.log() + noise).argmax(-1, keepdim=True)
+
+    torch.multinomial = multinomial
+
+
+def fill_queues(policy: Any, batch: dict[str, Any]) -> None:
+    """Show VQ-BeT what it predicts from: it reads observations from its own queues, whatever it is given."""
+    cameras = [batch[key] for key in policy.config.image_features]
+    batch["observation.images"] = torch.stack(cameras, dim=-4)  # b t v c h w
+    batch.pop("action", None)  # that queue is empty
+    for key, queue in policy._queues.items():
+        if key in batch:
+            queue.extend(batch[key].unbind(1))
 
 
 def to_lerobot(value: torch.Tensor) -> torch.Tensor:

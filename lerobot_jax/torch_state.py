@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.stack import Stack
+from lerobot_jax.nn.variables import Counter
 from lerobot_jax.state_dict import StateDict, Tensor, compute_ahead, empty_aligned
 
 Tree = dict[str, Any]
@@ -64,9 +65,8 @@ LAYOUTS: dict[type[nnx.Module], dict[str, Layout]] = {
 }
 # Variables with a rule of their own in any layer. PyTorch counts in 64 bits, JAX in 32.
 VARIABLE_LAYOUTS = {
-    "num_batches_tracked": Layout(
-        "num_batches_tracked", lambda n: n.astype(np.int64), lambda n: n.astype(np.int32)
-    )
+    name: Layout(name, lambda n: n.astype(np.int64), lambda n: n.astype(np.int32))
+    for name in ("num_batches_tracked", "select_target_actions_indices")
 }
 BLOCK = 64  # side of the squares in which matrices are transposed, so that both sides stay in the processor's cache
 
@@ -112,7 +112,7 @@ def _walk(
                 yield from _walk(child.block, (*path, name, "block"), (*names, name, i), i)
         elif isinstance(child, nnx.Module):
             yield from _walk(child, (*path, name), (*names, name), layer)
-        elif isinstance(child, nnx.Variable):
+        elif isinstance(child, nnx.Variable) and not isinstance(child, Counter):
             layout = layouts.get(str(name)) or VARIABLE_LAYOUTS.get(str(name), Layout(str(name)))
             key = ".".join(map(str, (*names, layout.torch_name)))
             yield Entry((key,), (*path, name), layer, layout, child)
@@ -160,12 +160,18 @@ def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: s
     arrays: dict[tuple[str | int, ...], np.ndarray] = {}
     for _ in compute_ahead([functools.partial(_load, entry, state, arrays) for entry in wanted]):
         pass
-    params, buffers = {}, {}
+    params, buffers = {}, _counters(module)
     for entry in wanted:
         tree = params if isinstance(entry.variable, nnx.Param) else buffers
         if entry.path in arrays:
             tree[entry.path] = jnp.asarray(arrays.pop(entry.path))
     return unflatten_dict(params), unflatten_dict(buffers)
+
+
+def _counters(module: nnx.Module) -> dict[tuple[str | int, ...], jax.Array]:
+    """Give what no state dict has, as it is at the beginning."""
+    shapes: dict[Any, Any] = {**flatten_dict(nnx.to_pure_dict(nnx.state(module, Counter)))}
+    return {path: jnp.zeros(count.shape, count.dtype) for path, count in shapes.items()}
 
 
 def _load(entry: Entry, state: StateDict, arrays: dict[tuple[str | int, ...], np.ndarray]) -> None:

@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
     loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
-    train_step = layout.over_seeds(make_train_step(loss_fn, optimizer, config), (0, 0, 0))
+    train_step = layout.over_seeds(make_train_step(loss_fn, optimizer, config, policy.progress), (0, 0, 0))
     train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, batch, step_key).compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)

@@ -1,13 +1,14 @@
 """The train step: preprocessing, augmentation, loss, gradients, optimizer, EMA, as pure functions to jit."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import optim
 from lerobot_jax.config import TrainConfig
@@ -71,11 +72,16 @@ def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
     return mean_loss if len(names) == 1 else mixed_loss
 
 
-def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, config: TrainConfig):
+def make_train_step(
+    loss_fn: Any,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    progress: Collection[tuple[Any, ...]] = (),
+):
     """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
 
     All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
-    axis of micro-batches.
+    axis of micro-batches, which all see the buffers in `progress` as they were before the step.
     """
     augment = random_transforms(config.dataset.image_transforms)
     if config.num_seeds > 1 and config.dataset.image_transforms.enable:
@@ -94,15 +100,18 @@ def make_train_step(loss_fn: Any, optimizer: optax.GradientTransformation, confi
         if num == 1:
             return gradient(params, buffers, batch, key)
 
+        before = {path: x for path, x in flatten_dict(buffers).items() if path in progress}
+
         def add(carry, inputs):
             total, buffers = carry
+            buffers = unflatten_dict(flatten_dict(buffers) | before)
             grads, (metrics, buffers) = gradient(params, buffers, *inputs)
             return (jax.tree.map(jnp.add, total, grads), buffers), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (total, buffers), metrics = jax.lax.scan(add, (zeros, buffers), (batch, jax.random.split(key, num)))
         means = {
-            name: jnp.nanmean(x) if _is_of_one_dataset(name) else jnp.mean(x) for name, x in metrics.items()
+            name: jnp.mean(x) if _is_in_every_step(name) else jnp.nanmean(x) for name, x in metrics.items()
         }
         return jax.tree.map(lambda g: g / num, total), (means, buffers)
 
@@ -139,11 +148,12 @@ def mean_metrics(steps: Sequence[Tree]) -> dict[str, float]:
     found = {}
     for name in steps[0]:
         values = np.array([step[name] for step in steps])
-        known = values[~np.isnan(values)] if _is_of_one_dataset(name) else values
+        known = values if _is_in_every_step(name) else values[~np.isnan(values)]
         if len(known):
             found[name] = float(np.mean(known))
     return found
 
 
-def _is_of_one_dataset(metric: str) -> bool:
-    return metric.startswith("loss/")
+def _is_in_every_step(metric: str) -> bool:
+    """Tell whether NaN means that training has diverged, and not that a step does not have the metric."""
+    return metric in ("loss", "grad_norm")

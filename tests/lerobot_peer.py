@@ -118,14 +118,14 @@ def make_stock(
     for name, value in policy.state_dict().items():  # also what starts as zeros and ones
         if name.endswith("running_var"):
             value.uniform_(0.5, 1.5)
-        else:
+        elif value.is_floating_point():
             value.add_(0.02 * torch.randn(value.shape))
     stats = {key: _random_stats(feature) for key, feature in (features | outputs).items()}
     pre, post = make_pre_post_processors(config, dataset_stats=stats)
     rename = pre.steps[0]
     assert isinstance(rename, RenameObservationsProcessorStep)
     rename.rename_map = rename_map
-    for part in (policy, pre, post):
+    for part in (module, pre, post):
         part.save_pretrained(folder)
     return {}
 

@@ -10,6 +10,7 @@ from lerobot_jax import optim
 from lerobot_jax.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
+from lerobot_jax.policies.vqbet import VQBeTConfig
 
 PARAMS = {"model": {"backbone": {"w": jnp.array([1.0, -2.0])}, "head": {"w": jnp.array([[3.0]])}}}
 GRADS = {"model": {"backbone": {"w": jnp.array([3.0, 0.5])}, "head": {"w": jnp.array([[-4.0]])}}}
@@ -94,6 +95,48 @@ def test_schedules():
     assert schedule(**decay, num_decay_steps=200) == pytest.approx(expected, abs=1e-6)
     with pytest.raises(InputError, match=r"scheduler.num_decay_steps is needed"):
         schedule(type="cosine_decay_with_warmup")
+
+
+def test_vqbets_schedule_waits_and_then_falls_as_if_it_had_not():
+    policy = dataclasses.replace(VQBeTConfig.tiny(), n_vqvae_training_steps=20, scheduler_warmup_steps=10)
+    made = optim.make_schedule(TrainConfig(policy=policy, steps=100))
+    found = [float(made(jnp.asarray(step))) for step in (0, 19, 20, 25, 30, 75, 100)]
+    falling = [0.5 * (1 + np.cos(np.pi * progress / 90)) for progress in (45, 70)]
+    assert found == pytest.approx([1, 1, 0, 0.5, 1, *falling], abs=1e-6)
+    waves = schedule(type="vqbet", num_warmup_steps=0, num_vqvae_training_steps=5, num_cycles=2.0)
+    expected = [1, *(0.5 * (1 + np.cos(np.pi * 4 * step / 100)) for step in (0, 5, 50, 95))]
+    assert waves == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(InputError, match=r"scheduler.num_vqvae_training_steps is needed by vqbet"):
+        schedule(type="vqbet")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasedConfig(ACTConfig):
+    param_phases = (r"model\.backbone", "")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+def test_parameters_of_another_phase_are_left_alone(kind: str):
+    """Values, moments and step counts; as PyTorch, which has no gradient for them."""
+    base = config(type=kind, weight_decay=0.3)
+    fields = {f.name: getattr(base.policy, f.name) for f in dataclasses.fields(base.policy) if f.init}
+    phased = dataclasses.replace(base, policy=PhasedConfig(**fields))
+    zeros = jax.tree.map(jnp.zeros_like, GRADS)["model"]
+    only = {name: {"model": zeros | {name: GRADS["model"][name]}} for name in ("backbone", "head")}
+    # Of two parts that are trained in turn, each moves as if it were trained alone.
+    together, alone = optim.make_optimizer(phased, PARAMS), optim.make_optimizer(base, PARAMS)
+    params, state = PARAMS, together.init(PARAMS)
+    expected = {name: (PARAMS, alone.init(PARAMS)) for name in only}
+    for name in ("backbone", "backbone", "head", "backbone", "head"):
+        updates, state = jax.jit(together.update)(only[name], state, params)
+        params = optax.apply_updates(params, updates)
+        own_params, own_state = expected[name]
+        updates, own_state = alone.update(only[name], own_state, own_params)
+        expected[name] = optax.apply_updates(own_params, updates), own_state
+        for part in only:
+            np.testing.assert_allclose(
+                params["model"][part]["w"], expected[part][0]["model"][part]["w"], rtol=1e-6
+            )
 
 
 def test_ema_follows_fast_at_first():

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lerobot_jax import state_dict, torch_state
 from lerobot_jax.errors import InputError
+from lerobot_jax.nn import variables
 from lerobot_jax.nn.linear import Embedding, Linear
 from lerobot_jax.nn.stack import Stack
 from lerobot_jax.nn.variables import Buffer
@@ -184,6 +185,28 @@ def test_all_layers_survive_a_round_trip(model: Model, stored: str, tmp_path: Pa
     loaded = torch_state.from_torch(nnx.eval_shape(lambda: Model(nnx.Rngs(0))), state_dict.read(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, loaded, (params, buffers))
     assert loaded[1]["bn"]["num_batches_tracked"].dtype == np.int32
+
+
+class Counting(nnx.Module):
+    def __init__(self):
+        self.bias = nnx.Param(jnp.ones(2))
+        self.steps = variables.Counter(jnp.full((3,), 7, jnp.int32))
+        self.is_over = variables.Progress(jnp.ones((), bool))
+
+
+def test_counts_that_torch_does_not_save_begin_at_0():
+    module = Counting()
+    params, buffers = (nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, Buffer))
+    assert set(buffers) == {"steps", "is_over"}
+    state = torch_state.to_torch(module, params, buffers)
+    assert {key: str(tensor.dtype) for key, tensor in state.tensors.items()} == {
+        "bias": "float32",
+        "is_over": "bool",
+    }
+    _, loaded = torch_state.from_torch(nnx.eval_shape(Counting), state)
+    np.testing.assert_array_equal(loaded["steps"], np.zeros(3, np.int32))
+    assert loaded["steps"].dtype == np.int32
+    assert loaded["is_over"]
 
 
 def test_tied_weights_that_differ_and_wrong_types_are_reported(model: Model):

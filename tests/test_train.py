@@ -339,6 +339,29 @@ def test_images_are_augmented_within_the_step():
     assert metrics["index"] == 7.5
 
 
+def test_micro_batches_of_a_step_see_the_same_progress():
+    """So that phases change between optimizer steps, and steps are counted, not forward passes."""
+    config = TrainConfig(batch_size=1, gradient_accumulation_steps=3)
+
+    def loss(params, buffers, batch, key):
+        found = {"loss": params["w"].sum(), "steps": buffers["steps"] * 1.0, "rare": jnp.nan}
+        return found["loss"], (found, {"steps": buffers["steps"] + 1, "passes": buffers["passes"] + 1})
+
+    params, optimizer = {"w": jnp.zeros(1)}, optax.sgd(1.0)
+    state = {
+        "step": jnp.array(0),
+        "params": params,
+        "buffers": {"steps": jnp.array(4), "passes": jnp.array(40)},
+        "opt_state": optimizer.init(params),
+    }
+    step = train_step.make_train_step(loss, optimizer, config, progress={("steps",)})
+    new, metrics = jax.jit(step)(state, {"index": np.zeros((3, 1))}, jax.random.key(0))
+    assert new["buffers"] == {"steps": 5, "passes": 43}
+    assert metrics["steps"] == 4
+    assert train_step.mean_metrics([metrics, metrics | {"rare": jnp.float32(2)}])["rare"] == 2
+    assert "rare" not in train_step.mean_metrics([metrics])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(arguments: list[str], tmp_path: Path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step .*lower the learning rate"):
         train.main([*arguments, "--config.policy.optimizer_lr=1e30", "--config.optimizer.grad_clip_norm=0"])

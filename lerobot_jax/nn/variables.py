@@ -1,10 +1,18 @@
-"""The two kinds of state that a policy's modules hold: `nnx.Param` is trained, `Buffer` is not."""
+"""The kinds of state that a policy's modules hold: `nnx.Param` is trained, `Buffer` is not."""
 
 from flax import nnx
 
 
 class Buffer(nnx.Variable):
     """State that is not trained but belongs to the model: torch's buffers (frozen norms, position tables)."""
+
+
+class Progress(Buffer):
+    """A buffer that tells how far training is: all forward passes of one optimizer step see the same value."""
+
+
+class Counter(Progress):
+    """A count that PyTorch's policy does not save: it begins at 0 when weights come from a PyTorch checkpoint."""
 
 
 def freeze(module: nnx.Module) -> None:

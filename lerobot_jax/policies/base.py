@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lerobot_jax import certificate, hub, migration, processors, rollout, state_dict, torch_state
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
-from lerobot_jax.nn.variables import Buffer
+from lerobot_jax.nn.variables import Buffer, Progress
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
@@ -55,7 +56,10 @@ class Policy(nnx.Module):
     def loss(
         self, batch: Batch, *, key: PRNGKeyArray, train: bool, reduction: str = "mean", **draws: Array
     ) -> tuple[Float[Array, "..."], Metrics]:
-        """Give LeRobot's loss of a normalized batch ("mean"), or one loss a sample ("none"), and its metrics."""
+        """Give LeRobot's loss of a normalized batch ("mean"), or one loss a sample ("none"), and its metrics.
+
+        A metric that some steps do not have is NaN in these.
+        """
         raise NotImplementedError
 
     def sample_actions(
@@ -178,6 +182,11 @@ class FunctionalPolicy:
     def module(self) -> Policy:
         """The module tree with shapes instead of arrays."""
         return nnx.eval_shape(lambda: policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=0)))
+
+    @property
+    def progress(self) -> set[tuple[Any, ...]]:
+        """The paths of the buffers that change once an optimizer step, however many forward passes it takes."""
+        return set(flatten_dict(nnx.to_pure_dict(nnx.state(self.module, Progress))))
 
     def save_pretrained(self, folder: Path, certified: Mapping[str, np.ndarray] | None = None) -> None:
         """Write the folder that stock LeRobot loads: config.json, model.safetensors, processors; and a certificate.

@@ -45,7 +45,7 @@ class PolicyConfig(abc.ABC):
     """What the policy gives; empty: the dataset's action."""
     normalization_mapping: dict[str, NormalizationMode] = dataclasses.field(default_factory=dict, hash=False)
     """Feature type -> how it is normalized; a type that is not listed is left as it is."""
-    action_target: ActionTarget = ABSOLUTE
+    action_target: ActionTarget = dataclasses.field(default=ABSOLUTE, metadata={"in_lerobot": False})
     """What the policy predicts; a checkpoint has it in its processors, not in config.json."""
     device: str | None = None
     """Where stock LeRobot puts the policy: cuda, cpu or mps. None: cuda if trained on a GPU, else cpu."""
@@ -118,6 +118,15 @@ class PolicyConfig(abc.ABC):
         return ()
 
     @property
+    def param_phases(self) -> tuple[str, ...]:
+        """Patterns of the parameters that each phase of training has to itself; the first match counts.
+
+        Those of other phases have gradients of 0 then, and the optimizer leaves them alone, their decay and its
+        step count included, as PyTorch's does with parameters that have no gradient. Empty: there is one phase.
+        """
+        return ()
+
+    @property
     @abc.abstractmethod
     def optimizer_preset(self) -> Mapping[str, Any]:
         """LeRobot's optimizer for this policy, as fields of `OptimizerConfig`."""
@@ -165,12 +174,14 @@ class PolicyConfig(abc.ABC):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the content of LeRobot's config.json."""
-        data: dict[str, Any] = {"type": self.type}
-        for field in dataclasses.fields(self):
-            if field.name != "action_target":
-                data[field.name] = _to_json(getattr(self, field.name))
-        return data
+        """Give the content of LeRobot's config.json: all fields that LeRobot has."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_in_lerobot(f)}
+        return {"type": self.type} | {name: _to_json(value) for name, value in fields.items()}
+
+    def own_settings(self) -> dict[str, Any]:
+        """Give the fields that LeRobot does not have, for train_config.json."""
+        data: dict[str, Any] = dataclasses.asdict(self)
+        return {f.name: data[f.name] for f in dataclasses.fields(self) if not _is_in_lerobot(f)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = CONFIG_NAME) -> "PolicyConfig":
@@ -204,6 +215,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def group_of(name: str, groups: tuple[ParamGroup, ...]) -> ParamGroup:
     """Give the first group that a parameter belongs to, by its dotted name."""
     return next((group for group in groups if re.match(group.pattern, name)), ParamGroup(""))
+
+
+def _is_in_lerobot(field: dataclasses.Field) -> bool:
+    return field.metadata.get("in_lerobot", True)
 
 
 def _to_json(value: Any) -> Any:

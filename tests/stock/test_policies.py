@@ -13,6 +13,7 @@ from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.policies.diffusion import DiffusionConfig
 from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
+from lerobot_jax.policies.vqbet import VQBeTConfig
 from tests.goldens import CLIP
 from tests.stock.conftest import Peer, lerobot_python
 from tests.stock.policies import new_policy
@@ -101,6 +102,41 @@ DIFFUSION = {
         clip_sample_range=3.0,
         num_train_timesteps=50,
         num_inference_steps=7,
+    ),
+}
+VQBET = {
+    "VQ-BeT, batch norm": VQBeTConfig(
+        input_features={"observation.images.a": IMAGE, "observation.state": STATE},
+        crop_shape=(36, 50),
+        vqvae_n_embed=6,
+        vqvae_embedding_dim=16,
+        gpt_block_size=40,
+        gpt_input_dim=24,
+        gpt_output_dim=20,
+        gpt_n_layer=3,
+        gpt_n_head=4,
+        gpt_hidden_dim=32,
+    ),
+    "VQ-BeT, codes one by one, an unused input": VQBeTConfig(
+        input_features={
+            "observation.state": STATE,
+            "observation.environment_state": ENV,
+            "observation.images.a": IMAGE,
+        },
+        n_obs_steps=3,
+        n_action_pred_token=4,
+        action_chunk_size=1,
+        vision_backbone="resnet34",
+        crop_shape=None,
+        pretrained_backbone_weights=None,
+        use_group_norm=True,
+        spatial_softmax_num_keypoints=7,
+        gpt_input_dim=40,
+        gpt_n_layer=2,
+        gpt_n_head=1,
+        gpt_hidden_dim=48,
+        bet_softmax_temperature=2.0,
+        sequentially_select=True,
     ),
 }
 SMALL_DIT: dict[str, Any] = {
@@ -263,9 +299,18 @@ def test_our_policy_loads_stocks_and_acts_alike(stock: Peer, tmp_path: Path, nam
     assert_acts_like_stock(stock, folder, observations)
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("name", [*DIFFUSION, *VQBET])
 def test_stock_generates_our_actions_from_the_same_noise(tmp_path: Path, name: str):
-    new_policy(DIFFUSION[name], action=2).save_pretrained(tmp_path)
+    new_policy((DIFFUSION | VQBET)[name], action=2).save_pretrained(tmp_path)
+    convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
+
+
+def test_our_vqbet_loads_stocks_and_chooses_the_same_codes(stock: Peer, tmp_path: Path):
+    small = {"gpt_n_layer": 2, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 32, "vqvae_n_embed": 7}
+    inputs = {"observation.image": (3, 90, 86), "observation.state": (4,)}
+    settings = small | {"n_obs_steps": 2, "bet_softmax_temperature": 1.0, "pretrained_backbone_weights": None}
+    what = {"kind": "vqbet", "inputs": inputs, "action": 3, "settings": settings, "rename_map": {}}
+    stock("make_stock", folder=tmp_path, **what)
     convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
 
 
@@ -288,13 +333,20 @@ def test_we_generate_stocks_actions_for_a_task(stock: Peer, tmp_path: Path, name
     convert.main(["verify", str(tmp_path), f"--lerobot_python={lerobot_python()}"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*OURS, "DDPM, random crops", "environment state, actions predicted", "flow matching, two towers"],
+# Stock LeRobot moves the running statistics of batch norms when it makes one of the others.
+NEW = (
+    *OURS,
+    "DDPM, random crops",
+    "environment state, actions predicted",
+    "flow matching, two towers",
+    "VQ-BeT, codes one by one, an unused input",
 )
+
+
+@pytest.mark.parametrize("name", NEW)
 def test_new_policies_start_like_stock_ones(stock: Peer, tmp_path: Path, name: str):
     """Every parameter is drawn from the same distribution: equal spread, up to sampling error."""
-    policy = new_policy((OURS | DIFFUSION | MULTI_TASK_DIT)[name], action=2)
+    policy = new_policy((OURS | DIFFUSION | MULTI_TASK_DIT | VQBET)[name], action=2)
     ours = torch_state.to_torch(policy.module, policy.params, policy.buffers)
     theirs = stock("initialize", config=policy.config.to_dict(), folder=tmp_path)
     assert set(ours) == set(theirs)

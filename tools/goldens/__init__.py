@@ -6,7 +6,7 @@ A policy's file is named after the policy's type and holds
     VARIANTS    name -> Variant: the configurations that are recorded
 
 Where a policy needs something of its own, its file defines a function under the name of the one it replaces: a
-case, `initial_kind`, `draw_batch` or `draw_observation`.
+case, `set_weights`, `initial_kind`, `draw_batch` or `draw_observation`.
 """
 
 import importlib

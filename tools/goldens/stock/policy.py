@@ -12,7 +12,7 @@ from lerobot.policies.factory import get_policy_class, make_policy_config, make_
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .. import Variant
+from .. import Variant, of_policy
 from .drawing import Arrays, draw_statistics, set_weights, to_tensors
 
 FEATURE_TYPES = {"action": "ACTION", "observation.state": "STATE", "observation.environment_state": "ENV"}
@@ -42,7 +42,7 @@ def write_model(
     shapes = {**variant.inputs, "action": (variant.action,)}
     config = _new_config(policy, shapes, dict(variant.settings))
     module = _construct(config)
-    kinds = set_weights(module, policy, seed)
+    kinds = of_policy(policy, set_weights)(module, policy, seed)
     module.save_pretrained(folder)
     if not variant.store_weights:
         (folder / "model.safetensors").unlink()
@@ -88,7 +88,7 @@ def load_stock(folder: Path, seed: int, inputs: Mapping[str, Any]) -> Stock:
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
     else:
         policy = _construct(config)
-        set_weights(policy, config.type, seed)
+        of_policy(config.type, set_weights)(policy, config.type, seed)
     preprocess, postprocess = make_pre_post_processors(config, pretrained_path=str(folder))
     steps = sorted({int(key.split("/")[1]) for key in inputs if key.startswith("obs/")})
     observations = [to_tensors(below(f"obs/{t}/", inputs)) for t in steps]

@@ -134,8 +134,9 @@ def measure_noise_floor(stock: Stock, runs: dict[str, tuple[Arrays, Tape]]) -> d
 
 @torch.no_grad()
 def _move_weights(policy: nn.Module, directions: torch.Generator) -> None:
-    """Replace each floating-point number by the next one up or down."""
+    """Replace each floating-point number by the next one up or down; 0 is exact, and marks what a mask hides."""
     for value in policy.state_dict().values():
         if value.is_floating_point():
             up = torch.rand(value.shape, generator=directions) < 0.5
-            value.copy_(torch.nextafter(value, torch.where(up, torch.inf, -torch.inf)))
+            moved = torch.nextafter(value, torch.where(up, torch.inf, -torch.inf))
+            value.copy_(torch.where(value == 0, value, moved))
