@@ -125,7 +125,7 @@ def make_stock(
     rename = pre.steps[0]
     assert isinstance(rename, RenameObservationsProcessorStep)
     rename.rename_map = rename_map
-    for part in (module, pre, post):
+    for part in (policy, pre, post):
         part.save_pretrained(folder)
     return {}
 
