@@ -199,11 +199,12 @@ def _features(config: Mapping[str, Any]) -> str:
     if not rows:
         return text + "`config.json` names no features."
     text += _table(("Feature", "Role", "Type", "Shape"), rows)
-    predicted = config.get("chunk_size") or config.get("horizon")
-    if predicted and config.get("n_action_steps"):
+    predicted = config.get("chunk_size") or config.get("horizon") or config.get("action_chunk_size")
+    executed = config.get("n_action_steps") or config.get("action_chunk_size")
+    if predicted and executed:
         text += (
             f"\n\nFrom {config.get('n_obs_steps', 1)} observation step(s) it predicts {predicted} action steps and "
-            f"executes {config['n_action_steps']} before it looks again."
+            f"executes {executed} before it looks again."
         )
     return text
 
