@@ -68,6 +68,10 @@ class FlowMLPConfig(PolicyConfig):
         return list(range(self.chunk_size))
 
     @property
+    def denoising_steps(self) -> tuple[str, int]:
+        return "num_inference_steps", self.num_inference_steps
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {"type": "adamw", "lr": self.optimizer_lr, "weight_decay": self.optimizer_weight_decay}
 
