@@ -82,7 +82,7 @@ SLOW = {
         "full_resnet18_s0",
         "vae_minmax_s0",
     ),
-    "diffusion": ("ddim_shared_s0", "ddpm_gn_s0"),
+    "diffusion": ("full_resnet18_s0", "ddim_two_encoders_s0", "ddim_shared_s0", "ddpm_gn_s0"),
     "multi_task_dit": ("ddim_shared_s0", "flow_rk4_two_encoders_s0"),
     "vqbet": ("one_step_s0",),
 }

@@ -91,6 +91,7 @@ def test_each_sample_is_normalized_with_its_own_datasets_statistics(arguments: l
             assert not values[..., len(mean) :].any()
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_resumes_exactly_and_tells_the_loss_of_each_dataset(
     arguments: list[str], roots: dict[str, Path], tmp_path: Path
 ):

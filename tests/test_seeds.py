@@ -106,6 +106,7 @@ def test_each_seed_is_the_run_alone_with_batches_split(arguments: list[str], tmp
             np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_group_resumes_exactly_from_the_last_step_that_all_seeds_have(
     arguments: list[str], group: Path, tmp_path: Path, caplog
 ):

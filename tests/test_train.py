@@ -526,6 +526,7 @@ def test_too_little_space_is_told_before_writing(arguments: list[str], tmp_path:
         train.main(arguments)
 
 
+@pytest.mark.slow
 def test_a_run_with_other_targets(arguments: list[str], root: Path, tmp_path: Path):
     """Statistics are those of what is predicted; resuming, exporting and fine-tuning keep the target."""
     few = ["--config.steps=2", "--config.eval_steps=0", "--config.save_freq=1"]
@@ -552,6 +553,7 @@ def test_a_run_with_other_targets(arguments: list[str], root: Path, tmp_path: Pa
     assert tuned_policy.config.action_target == policy.config.action_target == ActionTarget("delta")
 
 
+@pytest.mark.slow
 def test_quantiles_that_stats_json_lacks_are_computed(arguments: list[str], root: Path, tmp_path: Path):
     old = shutil.copytree(root, tmp_path / "old")
     path = old / "meta/stats.json"

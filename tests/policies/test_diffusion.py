@@ -101,6 +101,7 @@ def test_images_start_from_published_weights(tmp_path: Path):
     assert load_policy(tmp_path / "started").config.pretrained_backbone_weights is None
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_nothing():
     config = DiffusionConfig.tiny()
     features = {k: f for k, f in config.input_features.items() if k == OBS_STATE}
