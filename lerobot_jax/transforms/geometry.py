@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from lerobot_jax.transforms.arithmetic import add_product, divide, rounded
 from lerobot_jax.transforms.color import Image
@@ -113,6 +113,14 @@ def crop(image: Image, top: Int[Array, ""], left: Int[Array, ""], size: tuple[in
     """Cut out a part that lies inside the image."""
     rows = jax.lax.dynamic_slice_in_dim(image, top, size[0], image.ndim - 3)
     return jax.lax.dynamic_slice_in_dim(rows, left, size[1], image.ndim - 2)
+
+
+def draw_corners(
+    key: PRNGKeyArray, num: int, size: tuple[int, int], crop_size: tuple[int, int]
+) -> Int[Array, "num 2"]:
+    """Draw where crops of images of a size begin: top and left of `num` of them."""
+    room = [have - want + 1 for have, want in zip(size, crop_size, strict=True)]
+    return jax.random.randint(key, (num, 2), 0, jnp.asarray(room)[None])
 
 
 def center_crop(image: Image, size: tuple[int, int]) -> NewImage:

@@ -24,6 +24,7 @@ from lerobot_jax.nn.rgb_encoder import RgbEncoder
 from lerobot_jax.policies.base import Batch, Metrics, Policy, PretrainedPart
 from lerobot_jax.policies.diffusion.config import DiffusionConfig
 from lerobot_jax.policies.diffusion.unet import DiffusionConditionalUnet1d
+from lerobot_jax.transforms import geometry
 
 
 class DiffusionPolicy(Policy):
@@ -199,6 +200,5 @@ class DiffusionModel(nnx.Module):
             return None
         _, height, width = next(iter(config.image_features.values())).shape
         size = config.resize_size or (height, width)
-        room = [have - want + 1 for have, want in zip(size, config.crop_size, strict=True)]
         num = len(self.rgb_encoder) if config.use_separate_rgb_encoder_per_camera else 1
-        return jax.random.randint(key, (num, 2), 0, jnp.asarray(room)[None])
+        return geometry.draw_corners(key, num, size, config.crop_size)

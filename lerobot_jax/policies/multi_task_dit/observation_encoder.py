@@ -6,7 +6,6 @@ Mirrors `ObservationEncoder` of `lerobot.policies.multi_task_dit.modeling_multi_
 from typing import Any
 
 import einops
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -86,11 +85,10 @@ class ObservationEncoder(nnx.Module):
         config = self.config
         if not config.image_features or config.image_crop_shape is None or not config.image_crop_is_random:
             return None
-        _, *image = next(iter(config.image_features.values())).shape
-        size = config.image_resize_shape or image
-        room = [have - want + 1 for have, want in zip(size, config.image_crop_shape, strict=True)]
+        _, height, width = next(iter(config.image_features.values())).shape
+        size = config.image_resize_shape or (height, width)
         num = len(self.vision_encoders) if config.use_separate_rgb_encoder_per_camera else 1
-        return jax.random.randint(key, (num, 2), 0, jnp.asarray(room)[None])
+        return geometry.draw_corners(key, num, size, config.image_crop_shape)
 
 
 def _vision_settings(config: MultiTaskDiTConfig) -> CLIPVisionSettings:

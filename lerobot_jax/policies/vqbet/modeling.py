@@ -31,6 +31,7 @@ from lerobot_jax.policies.base import Batch, Metrics, Policy, PretrainedPart
 from lerobot_jax.policies.vqbet.config import VQBeTConfig
 from lerobot_jax.policies.vqbet.gpt import GPT
 from lerobot_jax.policies.vqbet.vqvae import MLP, NUM_CODEBOOKS, VqVae
+from lerobot_jax.transforms import geometry
 
 COMMITMENT_WEIGHT = 5
 FOCAL_GAMMA = 2
@@ -262,7 +263,7 @@ class VQBeTModel(nnx.Module):
         if crop is None or not self.config.crop_is_random:
             return None
         _, height, width = self.config.image_features[self.camera].shape
-        return jax.random.randint(key, (2,), 0, jnp.asarray([height - crop[0] + 1, width - crop[1] + 1]))
+        return geometry.draw_corners(key, 1, (height, width), crop)[0]
 
 
 class VQBeTHead(nnx.Module):
