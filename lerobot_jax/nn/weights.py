@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lerobot_jax.nn import execution
 
+LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
 STACKED = "block"  # in the path of arrays with a leading axis of layers: the attribute of `nn.stack.Stack`
 
 
@@ -17,7 +18,7 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each.
 
     Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
-    one layer at a time exist. The gradient of a gathered weight is summed right into the parts (reduce-scatter);
+    one layer at a time exist. So are tables of embeddings: a few rows travel instead. The gradient of a gathered weight is summed right into the parts (reduce-scatter);
     that of a plain sharding constraint would be summed on every device.
 
     Args:
@@ -31,7 +32,7 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights)}
     for path, weight in flat.items():
-        if STACKED not in path:
+        if STACKED not in path and path[-1] != LOOKED_UP:
             if dtype is not None and weight.ndim > 1 and jnp.issubdtype(weight.dtype, jnp.floating):
                 weight = weight.astype(dtype)
             weight = _gathered(".".join(map(str, path)), weight)
@@ -50,7 +51,8 @@ def _gathered(name: str, weight: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, whole)
+    # Held where it is stored first: else the compiler may gather before a cast, which moves twice the bytes.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, stored), whole)
 
 
 def _gather_forward(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> tuple[jax.Array, None]:
