@@ -88,9 +88,8 @@ def open_run(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        before = {"num_seeds": 1} | read_json(
-            folder / TRAIN_CONFIG_NAME
-        )  # runs from before there was a number
+        # A run from before there was a setting has what is now its default.
+        before = json.loads(json.dumps(TrainConfig().to_dict())) | read_json(folder / TRAIN_CONFIG_NAME)
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])
@@ -255,7 +254,8 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
             has_ema = "ema" in checkpointer.metadata(folder.resolve()).item_metadata.tree
             if which == "ema" and not has_ema:
                 raise InputError(
-                    f"{folder} has no averaged weights: the run had no ema_decay; use --weights=raw"
+                    f"{folder} has no averaged weights: the run had neither ema_decay nor swa.start; "
+                    "use --weights=raw"
                 )
             is_averaged = has_ema and which != "raw"
             target = {"ema": target} if is_averaged else target

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.optim_config import OptimizerConfig, SchedulerConfig
+from lerobot_jax.optim_config import EMAConfig, OptimizerConfig, SchedulerConfig, SWAConfig
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
@@ -220,6 +220,10 @@ class TrainConfig:
     """Forward passes an optimizer update; their gradients are averaged."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate and export that; e.g. 0.999."""
+    ema: EMAConfig = dataclasses.field(default_factory=EMAConfig)
+    """How that average follows the weights."""
+    swa: SWAConfig = dataclasses.field(default_factory=SWAConfig)
+    """Or keep the equal average of the weights of some steps, and evaluate and export that."""
     num_workers: int = 2
     """Threads that prepare batches."""
     prefetch_factor: int = 4
@@ -267,6 +271,16 @@ class TrainConfig:
                 raise ValueError(f"{name} works with one seed only; num_seeds is {self.num_seeds}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
+        if self.ema_decay is None and self.ema != EMAConfig():
+            raise ValueError("ema needs ema_decay, which turns it on; e.g. 0.999")
+        if (self.ema.min_decay or 0.0) > (self.ema_decay or 1.0):
+            raise ValueError(f"ema.min_decay={self.ema.min_decay} is more than ema_decay={self.ema_decay}")
+        if self.swa.start is None and self.swa != SWAConfig():
+            raise ValueError("swa.freq needs swa.start")
+        if self.swa.start is not None and self.ema_decay is not None:
+            raise ValueError("swa.start and ema_decay: there is one average; turn one of them off")
+        if self.swa.start is not None and self.swa.start > self.steps:
+            raise ValueError(f"swa.start={self.swa.start} is after the last step, {self.steps}")
         if self.eval_steps and not self.dataset.eval_split:
             raise ValueError("eval_steps needs held-out episodes: set dataset.eval_split, e.g. to 0.05")
         if self.best_metric == "eval_loss" and not self.eval_steps:

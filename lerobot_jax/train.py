@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lerobot_jax import checkpoint, optim, sharding, training_data
+from lerobot_jax import averaging, checkpoint, layer_decay, optim, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
@@ -77,11 +77,14 @@ def main(argv: Sequence[str]) -> None:
     step_key, eval_key = layout.stack(step_keys), layout.stack(eval_keys)
     params_shape, buffers_shape = jax.eval_shape(policy.init, init_keys[0])
     optimizer = optim.make_optimizer(config, params_shape)
+    if config.optimizer.layer_decay is not None:
+        decay = config.optimizer.layer_decay
+        logging.info("%s", layer_decay.describe_layers(decay, config.policy, params_shape))
 
     def make_state(params: Tree, buffers: Tree) -> Tree:
         state = {"step": jnp.zeros((), jnp.int32), "params": params, "buffers": buffers}
         state["opt_state"] = optimizer.init(params)
-        if config.ema_decay is not None:
+        if averaging.is_averaged(config):
             state["ema"] = jax.tree.map(jnp.copy, {"params": params, "buffers": buffers})
         return state
 

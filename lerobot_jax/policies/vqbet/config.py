@@ -182,6 +182,18 @@ class VQBeTConfig(PolicyConfig):
         return (VQVAE, "")
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (
+            r"vqbet\.rgb_encoder\.backbone\.[01]\.",
+            r"vqbet\.rgb_encoder\.backbone\.(\d+)\.",
+            r"vqbet\.(?:rgb_encoder\.(?:pool|out)|rgb_feature_projector|state_projector|action_token)",
+            r"vqbet\.policy\.transformer\.(?:wte|wpe)\.",
+            r"vqbet\.policy\.transformer\.h\.(\d+)\.",
+            r"vqbet\.policy\.(?:transformer\.ln_f|lm_head)\.",
+            r"vqbet\.action_head\.",
+        )
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {
             "type": "adam",
