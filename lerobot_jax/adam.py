@@ -98,7 +98,7 @@ def round_at_random(x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"]) ->
         bits: 16 random bits each, as a number below 2**16.
     """
     whole = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((whole + bits) & 0xFFFF0000, jnp.float32)
+    rounded = jax.lax.bitcast_convert_type((whole + bits) >> 16 << 16, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
