@@ -77,7 +77,7 @@ def _is_moment(node: Any) -> bool:
     return isinstance(node, Factors)
 
 
-def _zeros(param: jax.Array, name: str) -> Factors | jax.Array:
+def _zeros(param: Any, name: str) -> Factors | jax.Array:
     if param.ndim - is_stacked(name) < 2:
         return jnp.zeros_like(param)
     *lead, rows, columns = param.shape

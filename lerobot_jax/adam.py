@@ -68,10 +68,10 @@ def _store_all(moments: tuple[Any, Any], dtype: str, count: jax.Array) -> tuple[
     if dtype == "int8":
         kept = [[_quantize_if_large(x, t) for x in xs] for xs, t in zip(leaves, TABLES, strict=True)]
     else:
-        key = jax.random.fold_in(jax.random.key(0), count)
+        seeds = jax.random.bits(jax.random.fold_in(jax.random.key(0), count), (len(leaves[0]),), jnp.uint32)
         kept = [[], []]
-        for i, (m, v) in enumerate(zip(*leaves, strict=True)):
-            bits = jax.random.bits(jax.random.fold_in(key, i), m.shape, jnp.uint32)
+        for m, v, seed in zip(*leaves, seeds, strict=True):
+            bits = _hash(seed, m.shape)
             kept[0].append(round_at_random(m, bits & 0xFFFF))
             kept[1].append(round_at_random(v, bits >> 16))
     structure = jax.tree.structure(moments[0])
@@ -88,6 +88,14 @@ def _is_quantized(node: Any) -> bool:
 
 def _quantize_if_large(x: jax.Array, table: np.ndarray) -> Any:
     return quantize(x, table) if x.size >= MIN_SIZE and x.shape[-1] >= MIN_AXIS else x
+
+
+def _hash(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Give each place of an array its own bits; as random as rounding needs, and a tenth of the work of JAX's."""
+    bits = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape) * np.uint32(0x9E3779B1) + seed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the end of MurmurHash3
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return bits ^ (bits >> 16)
 
 
 def round_at_random(x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"]) -> Array:
@@ -122,13 +130,29 @@ def quantize(x: Float[Array, "*lead length"], table: np.ndarray) -> Quantized:
     """Give each number's nearest one in the table, relative to the largest magnitude of its block."""
     blocks = _in_blocks(x)
     scales = jnp.abs(blocks).max(-1)
-    relative = blocks / jnp.where(scales > 0, scales, 1)[..., None]
-    between = (table[:-1] + table[1:]) / 2
-    codes = jnp.searchsorted(between, relative, method="scan_unrolled")
-    if table[0] == 0:
-        codes = jnp.where((codes == 0) & (relative > 0), 1, codes)
-    codes = codes.astype(jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return Quantized(codes, scales)
+    codes = _nearest(blocks / jnp.where(scales > 0, scales, 1)[..., None], table)
+    return Quantized(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales)
+
+
+def _nearest(relative: jax.Array, table: np.ndarray) -> UInt8[Array, "..."]:
+    """Give the index of the nearest number in a table, computed: looking it up takes ten times longer."""
+    is_signed = table[0] < 0
+    size = jnp.abs(relative)
+    zero, sizes = (127, table[127:]) if is_signed else (0, table)
+    first = 1 if is_signed else 2  # how many numbers the lowest decade has; each other has twice as many
+    ends = first * (2 ** np.arange(1, 7) - 1)  # index of the last number of each decade but the highest
+    in_decade, num = size, jnp.full(size.shape, first * 2.0**6)
+    for edge in (sizes[ends] + sizes[ends + 1]) / 2:
+        in_decade = jnp.where(size < edge, 10 * in_decade, in_decade)
+        num = jnp.where(size < edge, num / 2, num)
+    place = jnp.clip(jnp.floor((in_decade - 0.1) / 0.9 * num), 0, num - 1)
+    index = num - (first - 1) + place  # those of lower decades are num - first, and there is 0
+    is_tiny = size < sizes[1] / 2 if is_signed else size == 0
+    index = jnp.where(is_tiny, 0, index)
+    if is_signed:
+        index = jnp.where(relative < 0, -index, index)
+    index = jnp.where(relative > (table[-2] + table[-1]) / 2, 255 - zero, index)
+    return (zero + index).astype(jnp.uint8)
 
 
 def dequantize(kept: Quantized, table: np.ndarray) -> Float[Array, "*lead length"]:

@@ -2,8 +2,8 @@
 
     $LEROBOT_PYTHON tools/make_optimizer_golden.py
 
-`adafactor/N/NAME` (step, *shape): the parameters after each step with the N-th of `adafactor/settings`, from those in
-`start/NAME` with the gradients `gradient/NAME` (step, *shape); the rate of step i is `lr * factors[i]`.
+`adafactor/N/NAME` (step, *shape): the parameters after each step with the N-th of `adafactor/settings`, from
+`start/NAME` on with the gradients `gradient/NAME` (step, *shape); the rate of step i is `lr * factors[i]`.
 `weights` and `statistics` (step, number): what is averaged; `ema/N` and `swa/N` the averages after each step.
 """
 
