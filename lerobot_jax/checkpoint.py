@@ -27,6 +27,7 @@ from lerobot_jax import optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.optim_config import EMAConfig, SWAConfig
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import CONFIG_NAME
 from lerobot_jax.processors import PREPROCESSOR_NAME, load_pipelines
@@ -48,6 +49,8 @@ FREE_ON_RESUME = (
     "env",
     "eval",
     "wandb",
+    "mesh",
+    "remat",
     "num_workers",
     "prefetch_factor",
     "log_freq",
@@ -64,6 +67,9 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+# What runs had that began before there was such a setting.
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
+_NEW_SETTINGS |= {"ema": dataclasses.asdict(EMAConfig()), "swa": dataclasses.asdict(SWAConfig())}
 
 
 class Checkpoint(NamedTuple):
@@ -88,8 +94,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        # A run from before there was a setting has what is now its default.
-        before = json.loads(json.dumps(TrainConfig().to_dict())) | read_json(folder / TRAIN_CONFIG_NAME)
+        before = _NEW_SETTINGS | read_json(folder / TRAIN_CONFIG_NAME)
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])

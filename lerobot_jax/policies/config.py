@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from lerobot_jax.processors.steps import Step
 from lerobot_jax.settings import check_settings
@@ -134,6 +135,11 @@ class PolicyConfig(abc.ABC):
         layer; with a group that matches a number, one layer for each number, in order. The layers of a `Stack` are
         counted by themselves. Parts that are side by side share a pattern. Empty: the policy does not say.
         """
+        return ()
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        """The axes of weights that tensor parallelism splits (`mesh.tensor`); the first match counts."""
         return ()
 
     @property

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -129,6 +130,10 @@ class ACTConfig(PolicyConfig):
             r"model\.decoder\.layers\.(\d+)\.",
             r"model\.(?:decoder\.norm|action_head)\.",
         )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"linear1\.kernel", -1), TensorAxis(r"linear2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -192,6 +193,10 @@ class VQBeTConfig(PolicyConfig):
             r"vqbet\.policy\.(?:transformer\.ln_f|lm_head)\.",
             r"vqbet\.action_head\.",
         )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"mlp\.0\.kernel", -1), TensorAxis(r"mlp\.2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:
