@@ -313,12 +313,14 @@ def test_training_is_as_with_float32(trained, dtype: str):
 @pytest.mark.parametrize("settings", KINDS, ids=lambda settings: [*settings.values()][-1])
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(settings: dict, tmp_path: Path):
+    """With everything at once: sharded states, micro-batches, averaged weights, layer-wise decay."""
     root = record(tmp_path / "dataset", lengths=(9, 12), features=FEATURES).root
     recipe = tmp_path / "tiny.py"
     recipe.write_text(RECIPE.format(root=root).replace("dim_model=16", "dim_model=64"))
     more = [f"--config.optimizer.{name}={value}" for name, value in settings.items()]
     more += ["--config.eval_steps=0", "--config.dataset.eval_split=0", "--config.optimizer.layer_decay=0.8"]
     more += ["--config.gradient_accumulation_steps=2", "--config.save_freq=4"]
+    more += ["--config.mesh.fsdp=2", "--config.mesh.min_shard_size=1024"]
     whole, half = ([f"--config={recipe}", f"--config.output_dir={tmp_path / n}", *more] for n in ("a", "b"))
     train.main([*whole, "--config.steps=8"])
     train.main([*half, "--config.steps=4"])
