@@ -31,6 +31,7 @@ from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
 from lerobot_jax.features import ACTION
 from lerobot_jax.files import write_json
+from lerobot_jax.layer_decay import describe_layers
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.program import Program
@@ -95,6 +96,9 @@ def main(argv: Sequence[str]) -> None:
         mesh.size,
         jax.default_backend(),
     )
+    if config.optimizer.layer_decay is not None:
+        decay, params = config.optimizer.layer_decay, program.init_shapes[0]
+        logging.info("%s", describe_layers(decay, config.policy, params))
 
     # Batches, and the compiled step
     batches = loader.training_batches(
