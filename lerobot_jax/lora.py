@@ -1,0 +1,301 @@
+"""LoRA for any policy (Hu et al., arXiv:2106.09685): which weights get low-rank adapters, and how those begin.
+
+The names, the choice of modules by regular expression and the initialization are PEFT's, which LeRobot uses
+(`lerobot.policies.pretrained.PreTrainedPolicy.wrap_with_peft`). Here, an adapter is a `LoraWeight` that stands in
+the tree of parameters where the weight stood; layers never see it, because `nn.weights.ready` merges it first.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PRNGKeyArray
+
+from lerobot_jax.errors import InputError
+from lerobot_jax.nn.attention import MultiheadAttention
+from lerobot_jax.nn.conv import Conv2d
+from lerobot_jax.nn.linear import WholeEmbedding
+from lerobot_jax.nn.weights import LoraWeight, is_adapted
+from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.torch_state import Place, entries, places
+
+Tree = dict[str, Any]
+Path = tuple[str | int, ...]
+
+ALL_LINEAR = "all-linear"
+PEFT_ALPHA = 8  # PEFT's lora_alpha unless one is given
+KERNELS = (nnx.Linear, nnx.Conv)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """Fine-tuning of a pretrained policy with adapters, as LeRobot's `PeftConfig`."""
+
+    target_modules: str | tuple[str, ...] | None = None
+    """Which modules get adapters: a regular expression that matches all of a dotted name, all-linear, one of the
+    policy's presets, or several names or ends of names. None: the policy's default, if it has one."""
+    full_training_modules: tuple[str, ...] | None = None
+    """Ends of the names of modules that are trained wholly; None: the policy's default."""
+    method_type: str = "LORA"
+    """Only LORA."""
+    init_type: str | None = None
+    """How adapters begin: None for the Kaiming-uniform of LoRA's authors, or gaussian."""
+    r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int | None = None
+    """The change of a weight is scaled by lora_alpha / r; None: 8, as in PEFT."""
+
+    def __post_init__(self):
+        if self.method_type.upper() != "LORA":
+            raise ValueError(f"peft.method_type: only LORA is supported, not '{self.method_type}'")
+        if self.init_type is not None and self.init_type.lower() != "gaussian":
+            raise ValueError(
+                f"peft.init_type: None and gaussian are supported, not '{self.init_type}' (PEFT's other kinds "
+                "change the base weights, or need data)"
+            )
+        if self.r < 1 or (self.lora_alpha is not None and self.lora_alpha < 1):
+            raise ValueError(f"peft.r and peft.lora_alpha must be positive: {self.r}, {self.lora_alpha}")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(f"peft.target_modules is no regular expression: {error}") from None
+
+
+class Target(NamedTuple):
+    """A weight with an adapter (one layer's, in a stack)."""
+
+    name: str  # of the module that holds the adapter in PEFT
+    path: Path  # of the weight in the tree of parameters
+    layer: int | None
+    kind: type[nnx.Module]  # which layout PEFT's A and B have
+    r: int
+    scale: float
+
+
+def lora_settings(peft: PeftConfig, policy: PolicyConfig) -> dict[str, Any]:
+    """Give the fields of PEFT's `LoraConfig` that LeRobot would make of `peft` for this policy.
+
+    Raises:
+        InputError: if neither `peft` nor the policy says what to adapt.
+    """
+    defaults = policy.default_peft_targets or {}
+    target_modules = peft.target_modules or defaults.get("target_modules")
+    if not target_modules:
+        presets = "".join(f", {name}" for name in policy.peft_presets)
+        raise InputError(
+            f"peft.target_modules: a {policy.type} policy has no default; give a regular expression, ends of "
+            f"module names, or {ALL_LINEAR}{presets}"
+        )
+    if isinstance(target_modules, str):
+        target_modules = policy.peft_presets.get(target_modules, target_modules)
+    whole = peft.full_training_modules
+    return {
+        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "modules_to_save": list(defaults.get("modules_to_save") or ()) if whole is None else list(whole),
+        "r": peft.r,
+        "lora_alpha": PEFT_ALPHA if peft.lora_alpha is None else peft.lora_alpha,
+        "init_lora_weights": True if peft.init_type is None else peft.init_type,
+    }
+
+
+def find_targets(module: nnx.Module, settings: Mapping[str, Any]) -> tuple[Target, ...]:
+    """List the weights that get adapters, by PEFT's rules.
+
+    Args:
+        module: the policy (shapes are enough).
+        settings: fields of PEFT's `LoraConfig`.
+
+    Raises:
+        InputError: if nothing matches, naming what is near; or if what matches cannot have adapters.
+    """
+    wanted, found, known = settings["target_modules"], [], []
+    is_all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    seen: set[tuple[int, int | None]] = set()
+    inside: set[str] = set()  # output projections that are no modules of their own in PyTorch's attention
+    for place in places(module):
+        name = ".".join(map(str, place.names))
+        if isinstance(place.module, MultiheadAttention):
+            inside.add(f"{name}.out_proj")
+        if not name or (id(place.module), place.layer) in seen:
+            continue
+        seen.add((id(place.module), place.layer))
+        can = name not in inside and bool(adaptable(place))
+        known += [name] if can else []
+        if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in settings["modules_to_save"]):
+            continue
+        if is_all_linear:
+            matches = can and isinstance(place.module, nnx.Linear)
+        elif isinstance(wanted, str):
+            matches = re.fullmatch(wanted, name)
+        else:
+            matches = any(name == part or name.endswith(f".{part}") for part in wanted)
+        if matches and not can:
+            raise InputError(f"peft.target_modules: '{name}' {_why_not(name in inside, place.module)}")
+        if matches:
+            found += _adapted(place, name, settings)
+    if not found:
+        raise InputError(f"peft.target_modules: {wanted} matches no module; {_near(str(wanted), known)}")
+    return tuple(found)
+
+
+def _adapted(place: Place, name: str, settings: Mapping[str, Any]) -> Iterator[Target]:
+    """Give the adapters of a module: one, or two for attention with a packed input projection."""
+    r, scale = rank_and_scale(name, settings)
+    for part, variable, kind in adaptable(place):
+        yield Target(name + part, (*place.path, *variable), place.layer, kind, r, scale)
+
+
+def adaptable(place: Place) -> list[tuple[str, Path, type[nnx.Module]]]:
+    """Give (rest of PEFT's name, path from the module to the weight, kind) of a module's adapters, if it can have any."""
+    if isinstance(place.module, MultiheadAttention):
+        inside = (".base_layer.out_proj", ("out_proj", "kernel"), nnx.Linear)
+        return [("", ("in_proj_weight",), MultiheadAttention), inside]
+    if isinstance(place.module, nnx.Embed):
+        return [] if isinstance(place.module, WholeEmbedding) else [("", ("embedding",), nnx.Embed)]
+    kind = next((kind for kind in KERNELS if isinstance(place.module, kind)), None)
+    return [("", ("kernel",), kind)] if kind and not _is_dilated(place.module) else []
+
+
+def _is_dilated(module: nnx.Module) -> bool:
+    return isinstance(module, Conv2d) and module.settings[2] > 1
+
+
+def rank_and_scale(name: str, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """Give an adapter's rank and the factor on its change, as PEFT's patterns say."""
+
+    def chosen(kind: str, default: int) -> int:
+        patterns = settings.get(kind) or {}
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+    r, alpha = chosen("rank_pattern", settings["r"]), chosen("alpha_pattern", settings["lora_alpha"])
+    return r, alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+
+
+def _why_not(is_inside: bool, module: nnx.Module) -> str:
+    if is_inside:
+        return (
+            "cannot have an adapter of its own: PyTorch's attention does not call it; name the attention, which "
+            "adapts its input and output projections"
+        )
+    if isinstance(module, WholeEmbedding):
+        return "cannot have an adapter: PyTorch's policy reads its weight past it"
+    if _is_dilated(module):
+        return "cannot have an adapter: it is dilated, and PEFT's adapters are not"
+    return (
+        f"is a {type(module).__name__}; adapters are for Linear, Conv1d, Conv2d, Embedding and MultiheadAttention"
+    )
+
+
+def _near(wanted: str, known: list[str]) -> str:
+    ends = sorted({name.rpartition(".")[2] for name in known})
+    close = difflib.get_close_matches(wanted, known, 3) + difflib.get_close_matches(wanted, ends, 3)
+    if close:
+        return f"near are {', '.join(close)}"
+    shown = ", ".join(name for name in ends if not name.isdigit())
+    return f"names are such as {known[0]}, and end with {shown}"
+
+
+def is_whole(key: str, settings: Mapping[str, Any]) -> bool:
+    """Tell whether an array is in a module that is trained wholly: by PEFT, one whose name ends with one of those."""
+    names = key.split(".")[:-1]
+    prefixes = [".".join(names[: i + 1]) for i in range(len(names))]
+    return any(name.endswith(end) for end in settings["modules_to_save"] for name in prefixes)
+
+
+def whole_paths(module: nnx.Module, settings: Mapping[str, Any]) -> frozenset[Path]:
+    """Give the paths of the variables that are trained wholly.
+
+    Raises:
+        InputError: if a name matches nothing, or only some layers of a stack.
+    """
+    found: dict[Path, set[bool]] = {}
+    for entry in entries(module):
+        found.setdefault(entry.path, set()).add(is_whole(entry.keys[0], settings))
+    for end in settings["modules_to_save"]:
+        if not any(is_whole(entry.keys[0], {"modules_to_save": [end]}) for entry in entries(module)):
+            raise InputError(f"peft.full_training_modules: no module's name ends with '{end}'")
+    if parts := [path for path, answers in found.items() if len(answers) > 1]:
+        raise InputError(
+            f"peft.full_training_modules: {'.'.join(map(str, parts[0]))} is of a stack of layers; all of them or "
+            "none can be trained wholly"
+        )
+    return frozenset(path for path, answers in found.items() if True in answers)
+
+
+def attach(targets: tuple[Target, ...], params: Tree, key: PRNGKeyArray, init: bool | str = True) -> Tree:
+    """Give new adapters, which change nothing yet, to the weights of the targets; pure.
+
+    A is Kaiming-uniform as in LoRA's code, or gaussian with deviation 1 / r; B is 0. Of an embedding, A is 0 and
+    B standard normal. Each depends on the key and its name only.
+    """
+    factors = {}
+    shapes = flatten_dict(params)
+    for target in targets:
+        shape = shapes[target.path].shape[int(target.layer is not None) :]
+        own_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
+        factors[target] = _fresh(target, shape, own_key, init)
+    return with_factors(factors, params)
+
+
+def _fresh(
+    target: Target, shape: tuple[int, ...], key: PRNGKeyArray, init: bool | str
+) -> tuple[jax.Array, jax.Array]:
+    left, right = (*shape[:-1], target.r), (target.r, shape[-1])
+    if target.kind is nnx.Embed:
+        return jnp.zeros(left), jax.random.normal(key, right)
+    a, fan_in = (left, math.prod(shape[:-1])) if target.kind in KERNELS else (right, shape[-1])
+    if init is True:
+        bound = 1 / math.sqrt(fan_in)
+        random = jax.random.uniform(key, a, minval=-bound, maxval=bound)
+    else:
+        random = jax.random.normal(key, a) / target.r
+    return (random, jnp.zeros(right)) if a is left else (jnp.zeros(left), random)
+
+
+def with_factors(factors: Mapping[Target, tuple[Any, Any]], params: Tree) -> Tree:
+    """Put (left, right) of each target into `LoraWeight`s; in a stack, layers without one get scale 0."""
+    arrays: dict[Any, Any] = dict(flatten_dict(params))
+    by_path: dict[Path, dict[int | None, Target]] = {}
+    for target in factors:
+        by_path.setdefault(target.path, {})[target.layer] = target
+    for path, by_layer in by_path.items():
+        base = arrays[path]
+        if None in by_layer:
+            target = by_layer[None]
+            arrays[path] = LoraWeight(base, *factors[target], jnp.float32(target.scale))
+            continue
+        r = max(target.r for target in by_layer.values())
+        shape = base.shape[1:]
+        left, right = jnp.zeros((base.shape[0], *shape[:-1], r)), jnp.zeros((base.shape[0], r, shape[-1]))
+        scale = np.zeros(base.shape[0], np.float32)
+        for layer, target in by_layer.items():
+            one_left, one_right = factors[target]
+            left = left.at[layer, ..., : target.r].set(one_left)
+            right = right.at[layer, : target.r].set(one_right)
+            scale[layer] = target.scale
+        arrays[path] = LoraWeight(base, left, right, jnp.asarray(scale))
+    return unflatten_dict(arrays)
+
+
+def factors_of(target: Target, params: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Give (left, right) of a target."""
+    weight: LoraWeight = flatten_dict(params)[target.path]
+    weight = weight if target.layer is None else weight[target.layer]
+    return np.asarray(weight.left)[..., : target.r], np.asarray(weight.right)[: target.r]
+
+
+def merged(params: Tree) -> Tree:
+    """Give the weights with their adapters merged, in float32; computed on the host."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x)) if is_adapted(x) else x, params, is_leaf=is_adapted
+    )

@@ -1,0 +1,68 @@
+"""Weights as they are stored -> as layers compute with them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A weight with a low-rank change (LoRA, Hu et al. 2021): `base + scale * left @ right`, in float32.
+
+    It stands in a tree of parameters where the weight stood. In a stack of layers, each field has the leading axis
+    of layers, and a layer without an adapter has scale 0. `left` and `right` are in the weight's own layout: of a
+    kernel (*space, in, out), PEFT's A is (*space, in, r) and B (r, out).
+    """
+
+    base: Float[Array, "..."]
+    left: Float[Array, "... r"]
+    right: Float[Array, "... r out"]
+    scale: Float[Array, "..."]  # () or (layers,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __getitem__(self, layer: Any) -> "LoraWeight":
+        """Give one layer of a stack."""
+        return jax.tree.map(lambda x: x[layer], self)
+
+    def merge(self) -> Float[Array, "..."]:
+        """Give the weight with its change."""
+        left, right = self._factors()
+        change = jnp.matmul(left, right, precision="highest")
+        return self.base.astype(jnp.float32) + self._scale(change) * change
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Merge on the host."""
+        left, right = (np.asarray(x, np.float32) for x in self._factors())
+        change = left @ right
+        merged = np.asarray(self.base).astype(np.float32) + np.asarray(self._scale(change)) * change
+        return merged if dtype is None else merged.astype(dtype)
+
+    def _factors(self) -> tuple[Array, Array]:
+        """Give both with the same axes: those of layers, then of space, then of the matrix."""
+        lead = self.scale.ndim
+        space = (1,) * (self.left.ndim - self.right.ndim)
+        return self.left, self.right.reshape(*self.right.shape[:lead], *space, *self.right.shape[lead:])
+
+    def _scale(self, change: Any) -> Array:
+        return self.scale.reshape(*self.scale.shape, *(1,) * (change.ndim - self.scale.ndim))
+
+
+def is_adapted(x: Any) -> bool:
+    return isinstance(x, LoraWeight)
+
+
+def ready(tree: Any) -> Any:
+    """Give a tree of stored weights with adapters merged into theirs."""
+    return jax.tree.map(lambda x: x.merge() if is_adapted(x) else x, tree, is_leaf=is_adapted)
