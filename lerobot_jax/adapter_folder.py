@@ -82,23 +82,24 @@ def read(folder: Path, module: nnx.Module) -> Adapters:
     settings = read_settings(folder)
     stored = state_dict.read(folder / ADAPTER_NAME)
     factors, used, problems = {}, set(), []
-    for place in torch_state.places(module):
-        name = ".".join(map(str, place.names))
-        for part, variable, kind in lora.adaptable(place):
-            stem = PREFIX + name + part
-            keys = _keys(stem, kind)
-            if not used.isdisjoint(keys) or not any(key in stored for key in keys):
-                continue
-            used |= set(keys)
-            if missing := [key for key in keys if key not in stored]:
-                problems.append(f"missing {missing[0]}")
+    for place, name, adapters in lora.candidates(module):
+        for adapter in adapters:
+            stem = PREFIX + adapter.name
+            keys = _keys(stem, adapter.kind)
+            present = [key for key in keys if key in stored]
+            used |= set(present)
+            if len(present) == 1:
+                problems.append(f"missing {(set(keys) - set(present)).pop()}")
+            if len(present) < 2:
                 continue
             _, scale = lora.rank_and_scale(name, settings)
-            left, right = _from_peft(kind, *(np.asarray(stored[key], np.float32) for key in keys))
-            target = Target(name + part, (*place.path, *variable), place.layer, kind, right.shape[0], scale)
-            if _changed_shape(left, right) != (shape := _shape_at(place, variable)):
+            left, right = _from_peft(adapter.kind, *(np.asarray(stored[key], np.float32) for key in keys))
+            if _changed_shape(left, right) != (shape := _shape_at(place, adapter.variable)):
                 problems.append(f"{stem} is for a weight of shape {_changed_shape(left, right)}, not {shape}")
-            factors[target] = left, right
+            elif not lora.is_frozen(place):
+                factors[adapter.target(place, right.shape[0], scale)] = left, right
+            elif left.any() and right.any():
+                problems.append(f"{stem} changes a module that the policy never trains")
     names = {PREFIX + key: key for entry in torch_state.entries(module) for key in entry.keys}
     whole = {key: name for key, name in names.items() if key in stored}
     for key in stored:
@@ -154,9 +155,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = torch_state.to_torch(module, params, buffers)
-    whole = [
-        entry.keys[0] for entry in torch_state.entries(module) if lora.is_whole(entry.keys[0], settings)
-    ]
+    whole = [entry.keys[0] for entry in torch_state.entries(module) if lora.is_whole(entry.keys[0], settings)]
     arrays = {PREFIX + key: state[key] for key in whole}
     for target in targets:
         left, right = lora.factors_of(target, params)

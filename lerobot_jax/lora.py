@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,9 @@ class Target(NamedTuple):
     kind: type[nnx.Module]  # which layout PEFT's A and B have
     r: int
     scale: float
+    is_doubled: bool = False
+    """Whether PEFT adds the change twice: its MultiheadAttention merges that of the output projection itself, and
+    calls the projection's own merge, which adds it past the gradient."""
 
 
 def lora_settings(peft: PeftConfig, policy: PolicyConfig) -> dict[str, Any]:
@@ -120,50 +123,67 @@ def find_targets(module: nnx.Module, settings: Mapping[str, Any]) -> tuple[Targe
     """
     wanted, found, known = settings["target_modules"], [], []
     is_all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
-    seen: set[tuple[int, int | None]] = set()
-    inside: set[str] = set()  # output projections that are no modules of their own in PyTorch's attention
-    for place in places(module):
-        name = ".".join(map(str, place.names))
-        if isinstance(place.module, MultiheadAttention):
-            inside.add(f"{name}.out_proj")
-        if not name or (id(place.module), place.layer) in seen:
-            continue
-        seen.add((id(place.module), place.layer))
-        can = name not in inside and bool(adaptable(place))
-        known += [name] if can else []
+    for place, name, adapters in candidates(module):
+        known += [name] if adapters and not is_frozen(place) else []
         if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in settings["modules_to_save"]):
             continue
         if is_all_linear:
-            matches = can and isinstance(place.module, nnx.Linear)
+            matches = adapters and isinstance(place.module, nnx.Linear)
         elif isinstance(wanted, str):
             matches = re.fullmatch(wanted, name)
         else:
             matches = any(name == part or name.endswith(f".{part}") for part in wanted)
-        if matches and not can:
-            raise InputError(f"peft.target_modules: '{name}' {_why_not(name in inside, place.module)}")
-        if matches:
-            found += _adapted(place, name, settings)
+        if matches and not adapters:
+            raise InputError(f"peft.target_modules: '{name}' {_why_not(place.module)}")
+        if matches and not is_frozen(place):
+            r, scale = rank_and_scale(name, settings)
+            found += [adapter.target(place, r, scale) for adapter in adapters]
     if not found:
-        raise InputError(f"peft.target_modules: {wanted} matches no module; {_near(str(wanted), known)}")
+        raise InputError(
+            f"peft.target_modules: {wanted} matches no module that is trained; {_near(str(wanted), known)}"
+        )
     return tuple(found)
 
 
-def _adapted(place: Place, name: str, settings: Mapping[str, Any]) -> Iterator[Target]:
-    """Give the adapters of a module: one, or two for attention with a packed input projection."""
-    r, scale = rank_and_scale(name, settings)
-    for part, variable, kind in adaptable(place):
-        yield Target(name + part, (*place.path, *variable), place.layer, kind, r, scale)
+class Adapter(NamedTuple):
+    """An adapter that a module can have."""
+
+    name: str  # of the module that holds it in PEFT
+    variable: Path  # from the module to the weight
+    kind: type[nnx.Module]
+    is_doubled: bool = False
+
+    def target(self, place: Place, r: int, scale: float) -> Target:
+        path = (*place.path, *self.variable)
+        return Target(self.name, path, place.layer, self.kind, r, scale, self.is_doubled)
 
 
-def adaptable(place: Place) -> list[tuple[str, Path, type[nnx.Module]]]:
-    """Give (rest of PEFT's name, path from the module to the weight, kind) of a module's adapters, if it can have any."""
-    if isinstance(place.module, MultiheadAttention):
-        inside = (".base_layer.out_proj", ("out_proj", "kernel"), nnx.Linear)
-        return [("", ("in_proj_weight",), MultiheadAttention), inside]
-    if isinstance(place.module, nnx.Embed):
-        return [] if isinstance(place.module, WholeEmbedding) else [("", ("embedding",), nnx.Embed)]
-    kind = next((kind for kind in KERNELS if isinstance(place.module, kind)), None)
-    return [("", ("kernel",), kind)] if kind and not _is_dilated(place.module) else []
+def candidates(module: nnx.Module) -> Iterator[tuple[Place, str, list[Adapter]]]:
+    """Give each module of a policy once, its name in PyTorch, and the adapters that it can have, if any."""
+    seen: set[tuple[int, int | None]] = set()
+    inside: set[str] = set()
+    for place in places(module):
+        name = ".".join(map(str, place.names))
+        if isinstance(place.module, MultiheadAttention):
+            inside.add(f"{name}.out_proj")  # PyTorch's attention reads its weight instead of calling it
+        if name and (id(place.module), place.layer) not in seen:
+            seen.add((id(place.module), place.layer))
+            yield place, name, [] if name in inside else _adapters(place.module, name)
+
+
+def _adapters(module: nnx.Module, name: str) -> list[Adapter]:
+    if isinstance(module, MultiheadAttention):
+        out = Adapter(f"{name}.base_layer.out_proj", ("out_proj", "kernel"), nnx.Linear, is_doubled=True)
+        return [Adapter(name, ("in_proj_weight",), MultiheadAttention), out]
+    if isinstance(module, nnx.Embed):
+        return [] if isinstance(module, WholeEmbedding) else [Adapter(name, ("embedding",), nnx.Embed)]
+    kind = next((kind for kind in KERNELS if isinstance(module, kind)), None)
+    return [Adapter(name, ("kernel",), kind)] if kind and not _is_dilated(module) else []
+
+
+def is_frozen(place: Place) -> bool:
+    """Tell whether the policy never trains a module; LeRobot runs it without gradients, so its adapters are idle."""
+    return not jax.tree.leaves(nnx.state(place.module, nnx.Param))
 
 
 def _is_dilated(module: nnx.Module) -> bool:
@@ -181,8 +201,8 @@ def rank_and_scale(name: str, settings: Mapping[str, Any]) -> tuple[int, float]:
     return r, alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
 
 
-def _why_not(is_inside: bool, module: nnx.Module) -> str:
-    if is_inside:
+def _why_not(module: nnx.Module) -> str:
+    if isinstance(module, nnx.Linear):
         return (
             "cannot have an adapter of its own: PyTorch's attention does not call it; name the attention, which "
             "adapts its input and output projections"
@@ -191,9 +211,7 @@ def _why_not(is_inside: bool, module: nnx.Module) -> str:
         return "cannot have an adapter: PyTorch's policy reads its weight past it"
     if _is_dilated(module):
         return "cannot have an adapter: it is dilated, and PEFT's adapters are not"
-    return (
-        f"is a {type(module).__name__}; adapters are for Linear, Conv1d, Conv2d, Embedding and MultiheadAttention"
-    )
+    return f"is a {type(module).__name__}; adapters are for Linear, Conv1d, Conv2d, Embedding and MultiheadAttention"
 
 
 def _near(wanted: str, known: list[str]) -> str:
@@ -272,7 +290,8 @@ def with_factors(factors: Mapping[Target, tuple[Any, Any]], params: Tree) -> Tre
         base = arrays[path]
         if None in by_layer:
             target = by_layer[None]
-            arrays[path] = LoraWeight(base, *factors[target], jnp.float32(target.scale))
+            scale = jnp.float32(target.scale)
+            arrays[path] = LoraWeight(base, *factors[target], scale, scale if target.is_doubled else None)
             continue
         r = max(target.r for target in by_layer.values())
         shape = base.shape[1:]
@@ -283,7 +302,9 @@ def with_factors(factors: Mapping[Target, tuple[Any, Any]], params: Tree) -> Tre
             left = left.at[layer, ..., : target.r].set(one_left)
             right = right.at[layer, : target.r].set(one_right)
             scale[layer] = target.scale
-        arrays[path] = LoraWeight(base, left, right, jnp.asarray(scale))
+        is_doubled = next(iter(by_layer.values())).is_doubled
+        scale = jnp.asarray(scale)
+        arrays[path] = LoraWeight(base, left, right, scale, scale if is_doubled else None)
     return unflatten_dict(arrays)
 
 
@@ -299,3 +320,24 @@ def merged(params: Tree) -> Tree:
     return jax.tree.map(
         lambda x: jnp.asarray(np.asarray(x)) if is_adapted(x) else x, params, is_leaf=is_adapted
     )
+
+
+def as_dicts(params: Tree) -> Tree:
+    """Give plain nested dicts: base, left, right, scale (and echo) in the place of each `LoraWeight`."""
+
+    def parts(x: Any) -> Any:
+        return {name: v for name, v in vars(x).items() if v is not None} if is_adapted(x) else x
+
+    return jax.tree.map(parts, params, is_leaf=is_adapted)
+
+
+def from_dicts(tree: Any) -> Any:
+    """Undo `as_dicts`."""
+    if tree.keys() >= {"base", "left", "right", "scale"}:
+        return LoraWeight(**tree)
+    return {key: from_dicts(value) if isinstance(value, dict) else value for key, value in tree.items()}
+
+
+def is_trained(path: Path, whole: Collection[Path]) -> bool:
+    """Tell whether an array of `as_dicts` is trained: an adapter's, or of a module that is trained wholly."""
+    return path[-1] in ("left", "right") or path in whole

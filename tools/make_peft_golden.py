@@ -27,6 +27,7 @@ from goldens import of_policy  # noqa: E402
 from goldens.stock import cases  # noqa: E402
 from goldens.stock.policy import load_stock  # noqa: E402
 from goldens.stock.tape import Tape  # noqa: E402
+
 from tests.goldens import Golden, random_generator  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "golden"
@@ -75,20 +76,17 @@ def record(name: str) -> None:
     seed = golden.meta["seed"]
     stock = load_stock(golden.path / "model", seed, golden.batch | golden.meta["strings"])
     stock.policy.config.pretrained_path = Path("tests/golden") / base / "model"
-    policy = stock.policy.wrap_with_peft(peft_cli_overrides=settings)
-    for key, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            noise = random_generator(f"{name}/{key}", seed).standard_normal(tuple(parameter.shape), np.float32)
-            parameter.data.add_(torch.from_numpy(0.1 * noise))
-    stock.policy = policy
-    folder = GOLDENS / "peft" / name
-    policy.save_pretrained(folder)
-    policy.config.save_pretrained(folder)
-    (folder / "README.md").unlink()
+    policy = stock.policy = stock.policy.wrap_with_peft(peft_cli_overrides=settings)
 
     def run(case: str) -> Any:
         with Tape(golden.draws(case)):
             return of_policy(golden.meta["policy"], getattr(cases, case))(stock)
+
+    move_trained(run, policy, name, seed)
+    folder = GOLDENS / "peft" / name
+    policy.save_pretrained(folder)
+    policy.config.save_pretrained(folder)
+    (folder / "README.md").unlink()
 
     def arrays(prefix: str, gradient: bool = False) -> dict[str, np.ndarray]:
         state = policy.state_dict(keep_vars=True)
@@ -108,9 +106,24 @@ def record(name: str) -> None:
         steps = run("train_steps")
         expected |= {"step_loss": steps["loss"].numpy(), "step_norm": steps["grad_norm"].numpy()}
         expected |= arrays("after")
+    expected = {key: np.array(value, order="C") for key, value in expected.items()}  # others are stored wrong
     safetensors.numpy.save_file(expected, folder / "expected.safetensors")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {len(expected)} arrays, {size / 1000:.0f} kB", flush=True)
+
+
+def move_trained(run: Any, policy: Any, name: str, seed: int) -> None:
+    """Give what has a gradient a value that no initialization gives; LeRobot runs some modules without."""
+    policy.train()
+    run("loss_train")
+    for key, parameter in policy.named_parameters():
+        if parameter.grad is not None:
+            noise = random_generator(f"{name}/{key}", seed).standard_normal(
+                tuple(parameter.shape), np.float32
+            )
+            parameter.data.add_(torch.from_numpy(0.1 * noise))
+    policy.zero_grad()
+    policy.eval()
 
 
 if __name__ == "__main__":

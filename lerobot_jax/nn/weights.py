@@ -17,12 +17,16 @@ class LoraWeight:
     It stands in a tree of parameters where the weight stood. In a stack of layers, each field has the leading axis
     of layers, and a layer without an adapter has scale 0. `left` and `right` are in the weight's own layout: of a
     kernel (*space, in, out), PEFT's A is (*space, in, r) and B (r, out).
+
+    With `echo`, the change is added once more, times that, and this has no gradient.
     """
 
-    base: Float[Array, "..."]
-    left: Float[Array, "... r"]
-    right: Float[Array, "... r out"]
-    scale: Float[Array, "..."]  # () or (layers,)
+    # No checked shapes: jax.tree.map puts anything in here.
+    base: Any  # (..., in, out)
+    left: Any  # (..., in, r)
+    right: Any  # ([layers] r out)
+    scale: Any  # () or (layers,)
+    echo: Any = None  # the same
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,23 +44,29 @@ class LoraWeight:
         """Give the weight with its change."""
         left, right = self._factors()
         change = jnp.matmul(left, right, precision="highest")
-        return self.base.astype(jnp.float32) + self._scale(change) * change
+        merged = self.base.astype(jnp.float32) + self._scaled(change, self.scale)
+        if self.echo is None:
+            return merged
+        return merged + self._scaled(jax.lax.stop_gradient(change), self.echo)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Merge on the host."""
         left, right = (np.asarray(x, np.float32) for x in self._factors())
         change = left @ right
-        merged = np.asarray(self.base).astype(np.float32) + np.asarray(self._scale(change)) * change
+        merged = np.asarray(self.base).astype(np.float32) + self._scaled(change, np.asarray(self.scale))
+        if self.echo is not None:
+            merged = merged + self._scaled(change, np.asarray(self.echo))
         return merged if dtype is None else merged.astype(dtype)
 
-    def _factors(self) -> tuple[Array, Array]:
+    def _factors(self) -> tuple[Any, Any]:
         """Give both with the same axes: those of layers, then of space, then of the matrix."""
         lead = self.scale.ndim
         space = (1,) * (self.left.ndim - self.right.ndim)
         return self.left, self.right.reshape(*self.right.shape[:lead], *space, *self.right.shape[lead:])
 
-    def _scale(self, change: Any) -> Array:
-        return self.scale.reshape(*self.scale.shape, *(1,) * (change.ndim - self.scale.ndim))
+    @staticmethod
+    def _scaled(change: Any, scale: Any) -> Any:
+        return change * scale.reshape(*scale.shape, *(1,) * (change.ndim - scale.ndim))
 
 
 def is_adapted(x: Any) -> bool:

@@ -22,10 +22,21 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lerobot_jax import adapter_folder, certificate, hub, lora, migration, processors, rollout, state_dict, torch_state
+from lerobot_jax import (
+    adapter_folder,
+    certificate,
+    hub,
+    lora,
+    migration,
+    processors,
+    rollout,
+    state_dict,
+    torch_state,
+)
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
+from lerobot_jax.nn import weights
 from lerobot_jax.nn.variables import Buffer, Progress
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
@@ -111,7 +122,7 @@ class FunctionalPolicy:
         **draws: Array,
     ) -> tuple[Float[Array, "..."], tuple[Metrics, Tree]]:
         """Give (loss, (metrics, buffers after the pass)) of a preprocessed batch."""
-        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        module = nnx.merge(self.graphdef, nnx.State(weights.ready(params)), nnx.State(buffers))
         loss, metrics = module.loss(batch, key=key, train=train, reduction=reduction, **draws)
         return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
 
@@ -119,7 +130,7 @@ class FunctionalPolicy:
         self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
     ) -> Float[Array, "b chunk act"]:
         """Give a chunk of normalized actions for preprocessed observations."""
-        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        module = nnx.merge(self.graphdef, nnx.State(weights.ready(params)), nnx.State(buffers))
         return module.sample_actions(batch, key=key, **draws)
 
     def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
