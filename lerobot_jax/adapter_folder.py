@@ -8,7 +8,6 @@
 Mirrors what `peft.PeftModel.save_pretrained` and `lerobot.common.train_utils.save_checkpoint` write.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from lerobot_jax import lora, state_dict, torch_state
+from lerobot_jax import state_dict, torch_state
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
-from lerobot_jax.lora import Target
+from lerobot_jax.lora import Lora, Target, candidates, factors_of, is_frozen, is_whole, rank_and_scale
 from lerobot_jax.nn.attention import MultiheadAttention
 from lerobot_jax.state_dict import ADAPTER_NAME, StateDict
 
@@ -82,7 +81,7 @@ def read(folder: Path, module: nnx.Module) -> Adapters:
     settings = read_settings(folder)
     stored = state_dict.read(folder / ADAPTER_NAME)
     factors, used, problems = {}, set(), []
-    for place, name, adapters in lora.candidates(module):
+    for place, name, adapters in candidates(module):
         for adapter in adapters:
             stem = PREFIX + adapter.name
             keys = _keys(stem, adapter.kind)
@@ -92,11 +91,11 @@ def read(folder: Path, module: nnx.Module) -> Adapters:
                 problems.append(f"missing {(set(keys) - set(present)).pop()}")
             if len(present) < 2:
                 continue
-            _, scale = lora.rank_and_scale(name, settings)
+            _, scale = rank_and_scale(name, settings)
             left, right = _from_peft(adapter.kind, *(np.asarray(stored[key], np.float32) for key in keys))
             if _changed_shape(left, right) != (shape := _shape_at(place, adapter.variable)):
                 problems.append(f"{stem} is for a weight of shape {_changed_shape(left, right)}, not {shape}")
-            elif not lora.is_frozen(place):
+            elif not is_frozen(place):
                 factors[adapter.target(place, right.shape[0], scale)] = left, right
             elif left.any() and right.any():
                 problems.append(f"{stem} changes a module that the policy never trains")
@@ -135,40 +134,25 @@ def _is_idle(key: str, stored: StateDict, module: nnx.Module) -> bool:
     return True
 
 
-def write(
-    folder: Path,
-    module: nnx.Module,
-    params: Tree,
-    buffers: Tree,
-    settings: Mapping[str, Any],
-    targets: tuple[Target, ...],
-) -> None:
+def write(folder: Path, module: nnx.Module, lora: Lora, params: Tree, buffers: Tree) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
         folder: where to.
         module: the policy (shapes are enough).
-        params: its parameters, with a `LoraWeight` for each target.
+        lora: which weights have adapters, and PEFT's settings.
+        params: its parameters, with a `LoraWeight` for each adapter.
         buffers: its buffers; those of modules that were trained wholly are written too.
-        settings: fields of PEFT's `LoraConfig`, the base's name among them.
-        targets: the weights with adapters.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = torch_state.to_torch(module, params, buffers)
-    whole = [entry.keys[0] for entry in torch_state.entries(module) if lora.is_whole(entry.keys[0], settings)]
-    arrays = {PREFIX + key: state[key] for key in whole}
-    for target in targets:
-        left, right = lora.factors_of(target, params)
-        keys = _keys(PREFIX + target.name, target.kind)
-        arrays |= dict(zip(keys, _to_peft(target.kind, left, right), strict=True))
+    keys = [entry.keys[0] for entry in torch_state.entries(module)]
+    arrays = {PREFIX + key: state[key] for key in keys if is_whole(key, lora.settings)}
+    for target in lora.targets:
+        names = _keys(PREFIX + target.name, target.kind)
+        arrays |= dict(zip(names, _to_peft(target.kind, *factors_of(target, params)), strict=True))
     state_dict.write({key: np.ascontiguousarray(x) for key, x in arrays.items()}, folder / ADAPTER_NAME)
-    fixed = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
-    defaults = {"bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0, "use_rslora": False}
-    defaults |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "revision": None}
-    written = defaults | dict(settings) | fixed
-    if str(written["target_modules"]).lower() == lora.ALL_LINEAR:
-        written["target_modules"] = [target.name for target in targets]
-    write_json(dict(sorted(written.items())), folder / ADAPTER_CONFIG_NAME, indent=2)
+    write_json(dict(sorted(lora.settings.items())), folder / ADAPTER_CONFIG_NAME, indent=2)
 
 
 def _keys(stem: str, kind: type[nnx.Module]) -> tuple[str, str]:
@@ -178,7 +162,7 @@ def _keys(stem: str, kind: type[nnx.Module]) -> tuple[str, str]:
 
 
 def _to_peft(kind: type[nnx.Module], left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give PEFT's A and B: (r, in, *space) and (out, r, *ones); of a packed projection B A is as torch stores it."""
+    """Give PEFT's A and B, (r, in, *space) and (out, r, *ones); a packed projection is as PyTorch stores it."""
     if kind is MultiheadAttention:
         return right, left
     ones = (1,) * (left.ndim - 2)

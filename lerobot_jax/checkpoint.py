@@ -4,6 +4,7 @@
       train_config.json  metrics.jsonl  curves.png  eval/
       checkpoints/005000/pretrained_model/   what stock LeRobot loads
       checkpoints/005000/training_state/     what a resumed run continues from
+      checkpoints/005000/adapter/            with LoRA: the adapters alone, for PEFT
       checkpoints/last -> 005000, checkpoints/best -> 004000
 
 With several seeds, each has such a folder, outputs/<job>/seed_<seed>/, beside the train_config.json of them all.
@@ -34,6 +35,9 @@ from lerobot_jax.processors import PREPROCESSOR_NAME, load_pipelines
 Tree = dict[str, Any]
 
 CHECKPOINTS, PRETRAINED_MODEL, TRAINING_STATE = "checkpoints", "pretrained_model", "training_state"
+ADAPTER = (
+    "adapter"  # beside pretrained_model of a run with LoRA: PEFT's adapters, as stock LeRobot writes them
+)
 DATASETS = "datasets"  # in pretrained_model of a run on a mixture: the processors for each dataset
 TRAIN_CONFIG_NAME = "train_config.json"
 # What may differ between a run and its continuation without changing what is computed up to the same step.
@@ -48,6 +52,8 @@ FREE_ON_RESUME = (
     "env",
     "eval",
     "wandb",
+    "mesh",
+    "remat",
     "num_workers",
     "prefetch_factor",
     "log_freq",
@@ -64,6 +70,8 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+# What runs had that began before there was such a setting.
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "peft": None}
 
 
 class Checkpoint(NamedTuple):
@@ -88,9 +96,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        before = {"num_seeds": 1} | read_json(
-            folder / TRAIN_CONFIG_NAME
-        )  # runs from before there was a number
+        before = _NEW_SETTINGS | read_json(folder / TRAIN_CONFIG_NAME)
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])

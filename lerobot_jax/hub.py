@@ -54,7 +54,7 @@ def fetch(
         repo_id: `user/name`.
         repo_type: "dataset" or "model".
         files: names, or patterns with `*`, of the files; the named ones must exist, but instead of
-            `model.safetensors` its index, or adapters, will do. If none has a `/`, only the top folder is looked at.
+            `model.safetensors` its index or adapters will do. If none has a `/`, only the top folder is looked at.
         revision: a branch, tag or commit.
         cache: the cache folder, the Hub's own by default.
         looked_at: a folder that was tried before, for the message.

@@ -33,6 +33,18 @@ Path = tuple[str | int, ...]
 
 ALL_LINEAR = "all-linear"
 PEFT_ALPHA = 8  # PEFT's lora_alpha unless one is given
+PLAIN_LORA = {  # the fields of PEFT's LoraConfig that LeRobot leaves as they are
+    "peft_type": "LORA",
+    "task_type": None,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 KERNELS = (nnx.Linear, nnx.Conv)
 
 
@@ -108,6 +120,7 @@ def lora_settings(peft: PeftConfig, policy: PolicyConfig) -> dict[str, Any]:
         "r": peft.r,
         "lora_alpha": PEFT_ALPHA if peft.lora_alpha is None else peft.lora_alpha,
         "init_lora_weights": True if peft.init_type is None else peft.init_type,
+        **PLAIN_LORA,
     }
 
 
@@ -182,7 +195,7 @@ def _adapters(module: nnx.Module, name: str) -> list[Adapter]:
 
 
 def is_frozen(place: Place) -> bool:
-    """Tell whether the policy never trains a module; LeRobot runs it without gradients, so its adapters are idle."""
+    """Tell whether the policy never trains a module: LeRobot runs it without gradients, adapters too."""
     return not jax.tree.leaves(nnx.state(place.module, nnx.Param))
 
 
@@ -211,7 +224,7 @@ def _why_not(module: nnx.Module) -> str:
         return "cannot have an adapter: PyTorch's policy reads its weight past it"
     if _is_dilated(module):
         return "cannot have an adapter: it is dilated, and PEFT's adapters are not"
-    return f"is a {type(module).__name__}; adapters are for Linear, Conv1d, Conv2d, Embedding and MultiheadAttention"
+    return f"is a {type(module).__name__}; only Linear, Conv1d, Conv2d, Embedding, MultiheadAttention can have adapters"
 
 
 def _near(wanted: str, known: list[str]) -> str:
@@ -224,7 +237,7 @@ def _near(wanted: str, known: list[str]) -> str:
 
 
 def is_whole(key: str, settings: Mapping[str, Any]) -> bool:
-    """Tell whether an array is in a module that is trained wholly: by PEFT, one whose name ends with one of those."""
+    """Tell whether an array is in a module that is trained wholly: for PEFT, if its name ends with one of those."""
     names = key.split(".")[:-1]
     prefixes = [".".join(names[: i + 1]) for i in range(len(names))]
     return any(name.endswith(end) for end in settings["modules_to_save"] for name in prefixes)
@@ -250,6 +263,77 @@ def whole_paths(module: nnx.Module, settings: Mapping[str, Any]) -> frozenset[Pa
     return frozenset(path for path, answers in found.items() if True in answers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What a run trains of a policy: adapters of some weights, and some modules wholly.
+
+    Attributes:
+        settings: fields of PEFT's `LoraConfig`, the base's name among them.
+        targets: the weights with adapters.
+        whole: the paths of the variables that are trained wholly.
+        halved: those that are kept in bfloat16, because their layers cast them to it anyway.
+    """
+
+    settings: dict[str, Any]
+    targets: tuple[Target, ...]
+    whole: frozenset[Path]
+    halved: frozenset[Path]
+
+    @classmethod
+    def of(cls, module: nnx.Module, settings: dict[str, Any], targets: tuple[Target, ...]) -> "Lora":
+        whole = whole_paths(module, settings)
+        if twice := sorted(target.name for target in targets if target.path in whole):
+            raise InputError(f"peft.full_training_modules: {twice[0]} has an adapter already")
+        return cls(settings, targets, whole, _halved(module))
+
+    def attach(self, params: Tree, key: PRNGKeyArray) -> Tree:
+        """Give the weights new adapters, unless they came with some."""
+        if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
+            return params
+        return attach(self.targets, params, key, self.settings.get("init_lora_weights", True))
+
+    def halve(self, frozen: Tree) -> Tree:
+        """Keep what is not trained in bfloat16, where layers cast it to that anyway."""
+        arrays: dict[Any, Any] = {**flatten_dict(frozen)}
+        for path, x in arrays.items():
+            if (path[:-1] if path[-1] == "base" else path) in self.halved:
+                arrays[path] = x.astype(jnp.bfloat16)
+        return unflatten_dict(arrays)
+
+
+def plan(peft: PeftConfig, policy: PolicyConfig, module: nnx.Module) -> Lora:
+    """Find what `peft` trains of a pretrained policy.
+
+    Raises:
+        InputError: naming the field that does not suit the policy.
+    """
+    if policy.use_peft:
+        raise InputError(
+            f"peft: {policy.pretrained_path} has adapters already, which are trained on as they are; leave peft out"
+        )
+    if policy.pretrained_path is None:
+        raise InputError("peft: adapters are for a trained policy; give one with policy.pretrained_path")
+    settings = lora_settings(peft, policy) | {
+        "base_model_name_or_path": policy.pretrained_path,
+        "revision": policy.pretrained_revision,
+    }
+    targets = find_targets(module, settings)
+    # Names instead of a pattern: this one may match parts without arrays, which only PyTorch's policy has.
+    owners = {target.name.removesuffix(".base_layer.out_proj") for target in targets}
+    return Lora.of(module, settings | {"target_modules": sorted(owners)}, targets)
+
+
+def _halved(module: nnx.Module) -> frozenset[Path]:
+    """Give the paths of the weights that layers of type bfloat16 have in another type."""
+    found = set()
+    for place, _, adapters in candidates(module):
+        if getattr(place.module, "dtype", None) == jnp.bfloat16:
+            found |= {
+                (*place.path, *adapter.variable) for adapter in adapters if adapter.kind is not nnx.Embed
+            }
+    return frozenset(found)
+
+
 def attach(targets: tuple[Target, ...], params: Tree, key: PRNGKeyArray, init: bool | str = True) -> Tree:
     """Give new adapters, which change nothing yet, to the weights of the targets; pure.
 
@@ -257,7 +341,7 @@ def attach(targets: tuple[Target, ...], params: Tree, key: PRNGKeyArray, init: b
     B standard normal. Each depends on the key and its name only.
     """
     factors = {}
-    shapes = flatten_dict(params)
+    shapes: dict[Any, Any] = {**flatten_dict(params)}
     for target in targets:
         shape = shapes[target.path].shape[int(target.layer is not None) :]
         own_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
@@ -310,7 +394,8 @@ def with_factors(factors: Mapping[Target, tuple[Any, Any]], params: Tree) -> Tre
 
 def factors_of(target: Target, params: Tree) -> tuple[np.ndarray, np.ndarray]:
     """Give (left, right) of a target."""
-    weight: LoraWeight = flatten_dict(params)[target.path]
+    weights: dict[Any, Any] = {**flatten_dict(params)}
+    weight: LoraWeight = weights[target.path]
     weight = weight if target.layer is None else weight[target.layer]
     return np.asarray(weight.left)[..., : target.r], np.asarray(weight.right)[: target.r]
 
@@ -320,6 +405,15 @@ def merged(params: Tree) -> Tree:
     return jax.tree.map(
         lambda x: jnp.asarray(np.asarray(x)) if is_adapted(x) else x, params, is_leaf=is_adapted
     )
+
+
+def whole_precision(params: Tree) -> Tree:
+    """Give arrays on the host with those that were kept in bfloat16 in float32."""
+
+    def widen(x: Any) -> Any:
+        return x.astype(np.float32) if not is_adapted(x) and x.dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(widen, params, is_leaf=is_adapted)
 
 
 def as_dicts(params: Tree) -> Tree:

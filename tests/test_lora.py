@@ -1,4 +1,4 @@
-"""LoRA: which weights get adapters, what stock LeRobot computes with PEFT's, and what is trained, kept and exported."""
+"""LoRA: which weights get adapters, what stock LeRobot computes with PEFT's, what is trained and exported."""
 
 import dataclasses
 import functools
@@ -57,7 +57,8 @@ class Recorded:
         """Give arrays in the place of the parameters under the names that PEFT's file has."""
         module = self.policy.module
         adapters = adapter_folder.read(self.folder, module)
-        adapter_folder.write(folder, module, params, self.policy.buffers, adapters.settings, adapters.targets)
+        plan = lora.Lora.of(module, adapters.settings, adapters.targets)
+        adapter_folder.write(folder, module, plan, params, self.policy.buffers)
         return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
 
 

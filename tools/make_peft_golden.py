@@ -8,7 +8,7 @@ LEROBOT_PYTHON is the Python of an environment with lerobot[peft]==0.6.1. A fold
     expected.safetensors    with the batch and the draws of the recorded policy that the adapters are on:
                             loss, grad/KEY     in training mode, dropout off, of each of the adapters' arrays
                             action             a chunk, where the recorded policy has one
-                            step_loss, step_norm, after/KEY    3 updates by LeRobot's preset, and the arrays after them
+                            step_loss, step_norm, after/KEY    3 updates by LeRobot's preset, the arrays after them
 """
 
 import sys
@@ -51,8 +51,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "diffusion": (
         "diffusion/ddpm_one_step_s0",
         {
-            "target_modules": r"diffusion\.(unet\..*(conv[12]\.block\.0|cond_encoder\.1|down_modules\.0\.0\.residual_conv)"
-            r"|rgb_encoder\..*conv1)",
+            "target_modules": r"diffusion\.(unet\..*(conv[12]\.block\.0|cond_encoder\.1)"
+            r"|unet\.down_modules\.0\.0\.residual_conv|rgb_encoder\..*conv1)",
             "r": 2,
         },
         True,

@@ -1,12 +1,19 @@
-"""Weights as they are stored -> as layers compute with them."""
+"""Weights as they are stored, and as layers compute with them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+
+from lerobot_jax.nn import execution
+
+STACKED = "block"  # in the path of arrays with a leading axis of layers: the attribute of `nn.stack.Stack`
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +80,55 @@ def is_adapted(x: Any) -> bool:
     return isinstance(x, LoraWeight)
 
 
-def ready(tree: Any) -> Any:
-    """Give a tree of stored weights with adapters merged into theirs."""
-    return jax.tree.map(lambda x: x.merge() if is_adapted(x) else x, tree, is_leaf=is_adapted)
+def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
+    """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
+
+    Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
+    one layer at a time exist. The gradient of a gathered weight is summed right into the parts (reduce-scatter);
+    that of a plain sharding constraint would be summed on every device.
+
+    Args:
+        weights: a nested dict of arrays and `LoraWeight`s.
+        dtype: matrices are cast to it before they travel; for layers that would cast them anyway. Their gradients
+            then travel in it too.
+    """
+    made = {}
+    flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
+    for path, weight in flat.items():
+        if STACKED in path:
+            made[path] = weight
+        elif is_adapted(weight):
+            parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
+            made[path] = LoraWeight(**parts).merge()
+        else:
+            made[path] = _gathered(path, weight, dtype)
+    return unflatten_dict(made)
+
+
+def _gathered(path: tuple[Any, ...], weight: Any, dtype: jnp.dtype | None = None) -> Any:
+    mesh = execution.current().mesh
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return weight
+    if dtype is not None and weight.ndim > 1 and jnp.issubdtype(weight.dtype, jnp.floating):
+        weight = weight.astype(dtype)
+    spec = execution.current().partition(".".join(map(str, path)), weight.shape)
+    if "fsdp" not in spec:
+        return weight
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return _gather(weight, NamedSharding(mesh, spec), NamedSharding(mesh, whole))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, whole)
+
+
+def _gather_forward(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> tuple[jax.Array, None]:
+    return _gather(weight, stored, whole), None
+
+
+def _gather_backward(stored: NamedSharding, whole: NamedSharding, _: None, gradient: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from lerobot_jax.processors.steps import Step
 from lerobot_jax.settings import check_settings
@@ -133,6 +134,11 @@ class PolicyConfig(abc.ABC):
     def peft_presets(self) -> Mapping[str, str]:
         """Short names for `peft.target_modules` -> regular expressions on dotted names."""
         return {}
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        """The axes of weights that tensor parallelism splits (`mesh.tensor`); the first match counts."""
+        return ()
 
     @property
     @abc.abstractmethod
