@@ -18,8 +18,9 @@ from flax import nnx
 from lerobot_jax import state_dict, torch_state
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
-from lerobot_jax.lora import Lora, Target, candidates, factors_of, is_frozen, is_whole, rank_and_scale
+from lerobot_jax.lora import Lora, factors_of
 from lerobot_jax.nn.attention import MultiheadAttention
+from lerobot_jax.peft_targets import Target, candidates, is_frozen, is_whole, rank_and_scale
 from lerobot_jax.state_dict import ADAPTER_NAME, StateDict
 
 Tree = dict[str, Any]

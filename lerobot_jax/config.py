@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.lora import PeftConfig
 from lerobot_jax.nn.execution import Remat
+from lerobot_jax.peft_targets import PeftConfig
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig

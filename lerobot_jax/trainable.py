@@ -9,11 +9,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lerobot_jax import lora
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
+from lerobot_jax.peft_targets import Path
 
 Tree = dict[str, Any]
 
 
-def split(config: TrainConfig, params: Tree, whole: Collection[lora.Path] | None = None) -> tuple[Tree, Tree]:
+def split(config: TrainConfig, params: Tree, whole: Collection[Path] | None = None) -> tuple[Tree, Tree]:
     """Divide a policy's parameters (arrays or shapes) into those that are trained and those that are not.
 
     With LoRA, the adapters are trained; a `LoraWeight` becomes dicts of what is in it.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lerobot_jax.nn import execution
 
+LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
 STACKED = "block"  # in the path of arrays with a leading axis of layers: the attribute of `nn.stack.Stack`
 
 
@@ -84,8 +85,9 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 
     Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
-    one layer at a time exist. The gradient of a gathered weight is summed right into the parts (reduce-scatter);
-    that of a plain sharding constraint would be summed on every device.
+    one layer at a time exist. So are tables of embeddings: a few rows travel instead. The gradient of a gathered
+    weight is summed right into the parts (reduce-scatter); that of a plain sharding constraint would be summed on
+    every device.
 
     Args:
         weights: a nested dict of arrays and `LoraWeight`s.
@@ -95,7 +97,7 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
     for path, weight in flat.items():
-        if STACKED in path:
+        if STACKED in path or (path[-1] == LOOKED_UP and not is_adapted(weight)):
             made[path] = weight
         elif is_adapted(weight):
             parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
@@ -120,7 +122,8 @@ def _gathered(path: tuple[Any, ...], weight: Any, dtype: jnp.dtype | None = None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, whole)
+    # Held where it is stored first: else the compiler may gather before a cast, which moves twice the bytes.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, stored), whole)
 
 
 def _gather_forward(weight: jax.Array, stored: NamedSharding, whole: NamedSharding) -> tuple[jax.Array, None]:

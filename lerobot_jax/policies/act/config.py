@@ -118,6 +118,15 @@ class ACTConfig(PolicyConfig):
         return (ParamGroup(r"model\.backbone\.", lr=self.optimizer_lr_backbone),)
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"(encoder|decoder)\.layers\.\d+\.(self_attn|multihead_attn|linear1|linear2)"
+        convolutions = r"(conv\d|downsample\.0)"
+        return {
+            "transformer": rf"model\.{layers}",
+            "vision_encoder": rf"model\.backbone\.(.*\.)?{convolutions}",
+        }
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {"type": "adamw", "lr": self.optimizer_lr, "weight_decay": self.optimizer_weight_decay}
 

@@ -214,6 +214,10 @@ class DiffusionConfig(PolicyConfig):
         return list(range(self.n_action_steps))
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        return {"unet": r"diffusion\.unet\..*(conv[12]\.block\.0|cond_encoder\.1)"}
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {
             "type": "adam",

@@ -287,6 +287,15 @@ class MultiTaskDiTConfig(PolicyConfig):
         return (unused, ParamGroup(vision, rate))
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        block = r"(attn\.(qkv_proj|out_proj)|multihead_attn|mlp\.[02])"
+        layer = r"(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])"
+        return {
+            "transformer": rf"noise_predictor\.transformer_blocks\.\d+\.{block}",
+            "vision_encoder": rf"observation_encoder\.vision_encoder\..*\.layers\.\d+\.{layer}",
+        }
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {
             "type": "adam",

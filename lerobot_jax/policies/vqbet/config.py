@@ -182,6 +182,11 @@ class VQBeTConfig(PolicyConfig):
         return (VQVAE, "")
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.[02])"
+        return {"transformer": rf"vqbet\.policy\.transformer\.{layers}"}
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {
             "type": "adam",
