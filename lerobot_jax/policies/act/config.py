@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -125,6 +126,10 @@ class ACTConfig(PolicyConfig):
             "transformer": rf"model\.{layers}",
             "vision_encoder": rf"model\.backbone\.(.*\.)?{convolutions}",
         }
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"linear1\.kernel", -1), TensorAxis(r"linear2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from absl import logging
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.noise_schedule import NoiseSchedule
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 from lerobot_jax.policies.multi_task_dit.flow_matching import FlowMatching
@@ -294,6 +295,15 @@ class MultiTaskDiTConfig(PolicyConfig):
             "transformer": rf"noise_predictor\.transformer_blocks\.\d+\.{block}",
             "vision_encoder": rf"observation_encoder\.vision_encoder\..*\.layers\.\d+\.{layer}",
         }
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (
+            TensorAxis(r"mlp\.0\.kernel", -1),
+            TensorAxis(r"mlp\.2\.kernel", -2),
+            TensorAxis(r"(fc1|[qkv]_proj)\.kernel", -1),  # CLIP
+            TensorAxis(r"(fc2|self_attn\.out_proj)\.kernel", -2),
+        )
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

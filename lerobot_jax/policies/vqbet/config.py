@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -185,6 +186,10 @@ class VQBeTConfig(PolicyConfig):
     def peft_presets(self) -> Mapping[str, str]:
         layers = r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.[02])"
         return {"transformer": rf"vqbet\.policy\.transformer\.{layers}"}
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"mlp\.0\.kernel", -1), TensorAxis(r"mlp\.2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:
