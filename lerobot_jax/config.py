@@ -20,6 +20,7 @@ import tyro
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import Remat
 from lerobot_jax.optim_config import EMAConfig, OptimizerConfig, SchedulerConfig, SWAConfig
+from lerobot_jax.peft_targets import PeftConfig
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
@@ -220,6 +221,8 @@ class TrainConfig:
     """Samples a forward pass, over all devices."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer update; their gradients are averaged."""
+    peft: PeftConfig | None = None
+    """Fine-tune with adapters (LoRA): any of its settings turns it on."""
     freeze: tuple[str, ...] = ()
     """Regular expressions for the beginnings of dotted names of parameters that are not trained."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -355,6 +358,8 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         }
         policy = dataclasses.replace(policy, pretrained_path=path, **own)
         config = dataclasses.replace(config, policy=policy)
+    if config.peft is None and any(a.startswith(("--config.peft.", "-h", "--help")) for a in argv):
+        config = dataclasses.replace(config, peft=PeftConfig())
     overrides = list(argv)
     if recipe is not None:
         overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]
