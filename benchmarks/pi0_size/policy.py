@@ -108,12 +108,10 @@ class Pi0SizePolicy(Policy):
         self.patches = Linear(3 * config.patch**2, config.vision_width, dtype=dtype, rngs=rngs)
         positions = ((config.image_size // config.patch) ** 2, config.vision_width)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), positions))
-        self.vision = Stack(
-            lambda rngs: VisionBlock(config, rngs=rngs), config.vision_depth, dtype=dtype, rngs=rngs
-        )
+        self.vision = Stack(lambda rngs: VisionBlock(config, rngs=rngs), config.vision_depth, rngs=rngs)
         self.vision_norm = LayerNorm(config.vision_width, dtype=dtype, rngs=rngs)
         self.vision_proj = Linear(config.vision_width, wide, dtype=dtype, rngs=rngs)
-        self.layers = Stack(lambda rngs: JointBlock(config, rngs=rngs), config.depth, dtype=dtype, rngs=rngs)
+        self.layers = Stack(lambda rngs: JointBlock(config, rngs=rngs), config.depth, rngs=rngs)
         self.state_proj = Linear(config.num_dims, narrow, dtype=dtype, rngs=rngs)
         self.action_in = Linear(config.num_dims + 1, narrow, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(narrow, dtype=dtype, rngs=rngs)

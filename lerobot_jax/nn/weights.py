@@ -3,17 +3,22 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import execution
 
+Path = tuple[Any, ...]  # names and list positions from a module down to an array
+
+CAST = ("kernel", "in_proj_weight")  # what layers with a `dtype` cast to it
 LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
 
 
@@ -89,7 +94,17 @@ def is_stacked(name: str) -> bool:
     return re.search(r"(^|\.)block\.(?!\d)", name) is not None
 
 
-def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
+def cast_types(module: nnx.Module) -> dict[Path, Any]:
+    """Give the types to which the layers of a module cast their matrices before use, by the matrices' paths."""
+    found = {}
+    for path, layer in nnx.iter_modules(module):
+        dtype = getattr(layer, "dtype", None)
+        has = [name for name in CAST if isinstance(getattr(layer, name, None), nnx.Variable)]
+        found |= {(*path, name): dtype for name in has if dtype is not None}
+    return found
+
+
+def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 
     Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
@@ -99,8 +114,8 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
 
     Args:
         weights: a nested dict of arrays and `LoraWeight`s.
-        dtype: matrices are cast to it before they travel; for layers that would cast them anyway. Their gradients
-            then travel in it too.
+        types: matrices that have one are cast to it before they travel, since layers would cast them anyway. Their
+            gradients then travel in it too.
     """
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
@@ -111,19 +126,18 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
             parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
             made[path] = LoraWeight(**parts).merge()
         else:
-            made[path] = _gathered(path, weight, dtype)
+            made[path] = _gathered(path, weight, types.get(path))
     return unflatten_dict(made)
 
 
-def _gathered(path: tuple[Any, ...], weight: Any, dtype: jnp.dtype | None = None) -> Any:
+def _gathered(path: Path, weight: Any, dtype: Any = None) -> Any:
     mesh = execution.current().mesh
     if mesh is None or mesh.shape["fsdp"] == 1:
         return weight
-    if dtype is not None and weight.ndim > 1 and jnp.issubdtype(weight.dtype, jnp.floating):
-        weight = weight.astype(dtype)
     spec = execution.current().partition(".".join(map(str, path)), weight.shape)
     if "fsdp" not in spec:
         return weight
+    weight = weight if dtype is None else weight.astype(dtype)
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
     return _gather(weight, NamedSharding(mesh, spec), NamedSharding(mesh, whole))
 

@@ -37,7 +37,7 @@ from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
 from lerobot_jax.nn.variables import Buffer, Progress
-from lerobot_jax.nn.weights import ready
+from lerobot_jax.nn.weights import cast_types, ready
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
@@ -134,7 +134,8 @@ class FunctionalPolicy:
         return module.sample_actions(batch, key=key, **draws)
 
     def _merge(self, params: Tree, buffers: Tree) -> Policy:
-        states = (nnx.State(ready(tree)) for tree in (params, buffers))
+        types = cast_types(self.module)
+        states = (nnx.State(ready(tree, types)) for tree in (params, buffers))
         return nnx.merge(self.graphdef, *states)
 
     def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
