@@ -67,7 +67,7 @@ FREE_ON_RESUME = (
     "policy.license",
 )
 # What runs had that began before there was such a setting.
-_NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "sample_weighting": None}
 
 
 class Checkpoint(NamedTuple):

@@ -32,9 +32,10 @@ def _from_json(kind: Any, value: Any) -> Any:
         return tuple(_from_json(typing.get_args(sequence)[0], item) for item in value)
     if not isinstance(value, Mapping):
         return value
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return typing.cast(type, kind)(**{name: _from_json(hints[name], x) for name, x in value.items()})
+    part = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    if part is not None:
+        hints = typing.get_type_hints(part)
+        return typing.cast(type, part)(**{name: _from_json(hints[name], x) for name, x in value.items()})
     return {name: _from_json(parts[-1], item) for name, item in value.items()}
 
 
