@@ -51,9 +51,13 @@ def write_recipe(config: TrainConfig) -> str:
         license=None,
         pretrained_path="FOLDER" if is_local else config.policy.pretrained_path,
     )
+    weighting = config.sample_weighting
+    if weighting is not None and weighting.has_local_path:
+        weighting = dataclasses.replace(weighting, progress_path="FILE")
     config = dataclasses.replace(
         config,
         policy=policy,
+        sample_weighting=weighting,
         dataset=dataclasses.replace(
             config.dataset,
             root=None,

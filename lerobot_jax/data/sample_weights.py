@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +28,7 @@ from lerobot_jax.errors import InputError
 
 SAMPLE_WEIGHT = "sample_weight"
 PROGRESS_NAME = "sarm_progress.parquet"
+_HUB_URL = "hf://"
 _ADVICE = "set sample_weighting.progress_path, or make it with lerobot.rewards.sarm.compute_rabc_weights"
 
 
@@ -36,7 +36,7 @@ _ADVICE = "set sample_weighting.progress_path, or make it with lerobot.rewards.s
 class SampleWeightingConfig:
     """How much each sample counts in the training loss."""
 
-    type: Literal["rabc", "uniform"] = "rabc"
+    type: str = "rabc"
     """rabc: by the progress that the task makes in the chunk; uniform: all the same."""
     progress_path: str | None = None
     """Parquet file with the progress at each frame: a path, or hf://datasets/USER/NAME/FILE; None:
@@ -69,6 +69,11 @@ class SampleWeightingConfig:
     def fallback_weight(self) -> float:
         """The weight of frames whose progress is not known."""
         return self.extra_params.get("fallback_weight", 1.0)
+
+    @property
+    def has_local_path(self) -> bool:
+        """Whether progress_path is a file of one machine."""
+        return self.progress_path is not None and not self.progress_path.startswith(_HUB_URL)
 
 
 def sample_weights(
@@ -132,7 +137,7 @@ def _find_progress(path: str | None, meta: metadata.LeRobotDatasetMetadata, root
         return hub.fetch(meta.repo_id, "dataset", [PROGRESS_NAME], looked_at=meta.root, advice=_ADVICE) / (
             PROGRESS_NAME
         )
-    if not path.startswith("hf://"):
+    if not path.startswith(_HUB_URL):
         return Path(path).expanduser()
     found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if found is None:
