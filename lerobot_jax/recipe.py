@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +33,8 @@ def _from_json(kind: Any, value: Any) -> Any:
         return tuple(_from_json(typing.get_args(sequence)[0], item) for item in value)
     if not isinstance(value, Mapping):
         return value
-    part = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    part = next((each for each in kinds if dataclasses.is_dataclass(each)), None)
     if part is not None:
         hints = typing.get_type_hints(part)
         return typing.cast(type, part)(**{name: _from_json(hints[name], x) for name, x in value.items()})

@@ -286,7 +286,7 @@ WRONG: dict[str, dict[str, Any]] = {
     r"kappa must be finite, it is nan": {"kappa": NAN},
     r"epsilon must be positive and finite, it is 0.0": {"epsilon": 0.0},
     r"extra_params: there is only fallback_weight, not \['fallback'\]": {"extra_params": {"fallback": 1.0}},
-    r"fallback_weight must be finite and not negative, it is -1.0": {
+    r"extra_params: fallback_weight must be finite and not negative, it is -1.0": {
         "extra_params": {"fallback_weight": -1.0}
     },
 }
