@@ -74,7 +74,7 @@ FREE_ON_RESUME = (
     "policy.license",
 )
 # What runs had that began before there was such a setting.
-_NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "peft": None}
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "peft": None, "sample_weighting": None}
 _NEW_SETTINGS |= {"ema": dataclasses.asdict(EMAConfig()), "swa": dataclasses.asdict(SWAConfig())}
 
 

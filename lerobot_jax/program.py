@@ -73,7 +73,10 @@ class Program:
 
         preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
         step = make_train_step(
-            make_loss(self.policy, preprocess, names), self.optimizer, config, self.policy.progress
+            make_loss(self.policy, preprocess, names, config.sample_weighting),
+            self.optimizer,
+            config,
+            self.policy.progress,
         )
         self._step = self.execution(self.layout.over_seeds(step, (0, 0, 0)))
         self._eval_loss = self.execution(

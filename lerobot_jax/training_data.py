@@ -14,6 +14,7 @@ from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data import loader, mixture
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, sample_weights
 from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
 from lerobot_jax.data.streaming import Stream, StreamedSamples, open_stream
 from lerobot_jax.data.target_statistics import complete_statistics, name_joints, target_statistics
@@ -43,7 +44,8 @@ class Source:
     Attributes:
         config: which dataset it is.
         meta: what it says of itself.
-        settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras` and `image_size` of `LeRobotDataset`.
+        settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras`, `image_size` and `added_columns` of
+            `LeRobotDataset`.
         data: the dataset, or the stream that gives it.
         train_episodes: those to train on.
         held_out_episodes: those for the validation loss.
@@ -110,6 +112,7 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
         "tolerance_s": config.tolerance_s,
         "cameras": cameras if config.policy.input_features else None,
         "image_size": config.dataset.image_size,
+        "added_columns": _added_columns(config, source, meta),
     }
     data = stream or LeRobotDataset(
         repo_id, root=root, episodes=source.episodes, revision=revision, **settings
@@ -120,6 +123,28 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
     if opened.num_train_frames(dropped) == 0:
         raise InputError(f"{repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
+
+
+def _added_columns(
+    config: TrainConfig, source: SourceConfig, meta: LeRobotDatasetMetadata
+) -> dict[str, np.ndarray]:
+    """Compute what samples have besides what is in the dataset: their weights, if they depend on the sample."""
+    weighting = config.sample_weighting
+    if weighting is None or weighting.type == "uniform":
+        return {}
+    chunk_size = getattr(config.policy, "chunk_size", None)
+    if chunk_size is None:
+        raise InputError(
+            f"sample_weighting.type={weighting.type} needs a policy with a chunk_size, as in LeRobot; "
+            f"{config.policy.type} has none"
+        )
+    if config.dataset.mixture and weighting.progress_path is not None:
+        raise InputError(
+            "sample_weighting.progress_path is for one dataset; in a mixture, each has a sarm_progress.parquet"
+        )
+    train, _ = split_episodes(meta, source.episodes, config.dataset.eval_split)
+    weights = sample_weights(weighting, meta, chunk_size, root=source.root, episodes=train)
+    return {SAMPLE_WEIGHT: weights}
 
 
 def _check_rename_map(source: SourceConfig, meta: LeRobotDatasetMetadata) -> None:
@@ -293,6 +318,10 @@ def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
     return keys + [f"{key}_is_pad" for key in keys] + number
 
 
+def _training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
+    return [*batch_keys(policy, source), *source.settings["added_columns"]]
+
+
 def training_samples(
     config: TrainConfig,
     sources: Sequence[Source],
@@ -317,7 +346,7 @@ def training_samples(
         return StreamedSamples(
             stream,
             source.train_episodes,
-            batch_keys(policy, source),
+            _training_keys(policy, source),
             config.seed,
             buffer_size=config.dataset.buffer_size,
             drop_n_last_frames=dropped,
@@ -326,7 +355,7 @@ def training_samples(
     seeds = [run.seed for run in config.runs]
     if _prepare_frames(config, sources):
         (source,) = sources
-        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        keys, rows = _training_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
         return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
     orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
     return SeedSamples(orders) if len(seeds) > 1 else orders[0]
@@ -339,7 +368,7 @@ def _host_samples(
     parts: list[Samples] = []
     for i, source in enumerate(sources):
         rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
-        parts.append(ShuffledRows(source.dataset, rows, batch_keys(policy, source), seed, stream=i))
+        parts.append(ShuffledRows(source.dataset, rows, _training_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
     maps = [_feature_map(policy, source) for source in sources]
