@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lerobot_jax import adapter_folder, lora, optim, sharding, trainable
+from lerobot_jax import adapter_folder, averaging, lora, optim, sharding, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
@@ -67,7 +67,7 @@ class Program:
             params = jax.eval_shape(self.lora.attach, self.init_shapes[0], jax.random.key(0))
             self.init_shapes = params, self.init_shapes[1]
         trained, _ = self._split(self.init_shapes[0])
-        self.optimizer = optim.make_optimizer(config, trained)
+        self.optimizer = optim.make_optimizer(config, trained, lora.as_dicts(self.init_shapes[0]))
         self.seed_state = self._placed(jax.eval_shape(self.make_state, *self.init_shapes))
         self.state = self.layout.stacked_shapes(self.seed_state)
 
@@ -92,7 +92,7 @@ class Program:
         state["opt_state"] = self.optimizer.init(trained)
         if frozen:
             state["frozen"] = frozen if self.lora is None else self.lora.halve(frozen)
-        if self.config.ema_decay is not None:
+        if averaging.is_averaged(self.config):
             state["ema"] = jax.tree.map(jnp.copy, {"params": trained, "buffers": buffers})
         return state
 

@@ -126,6 +126,16 @@ class PolicyConfig(abc.ABC):
         return ()
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Patterns of all parameters' names from the input to the output, for `optimizer.layer_decay`.
+
+        They are matched at the start of dotted names; the first match counts. What one pattern matches is one
+        layer; with a group that matches a number, one layer for each number, in order. The layers of a `Stack` are
+        counted by themselves. Parts that are side by side share a pattern. Empty: the policy does not say.
+        """
+        return ()
+
+    @property
     def default_peft_targets(self) -> Mapping[str, Any] | None:
         """What LeRobot adapts if nothing else is said: `target_modules`, `modules_to_save`; None: no default."""
         return None

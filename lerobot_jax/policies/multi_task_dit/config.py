@@ -288,6 +288,18 @@ class MultiTaskDiTConfig(PolicyConfig):
         return (unused, ParamGroup(vision, rate))
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        vision = r"observation_encoder\.vision_encoders?\.(?:\d+\.)?model\.vision_model"
+        return (
+            rf"{vision}\.(?:embeddings|pre_layrnorm)\.",
+            rf"{vision}\.encoder\.layers\.block\.",
+            rf"{vision}\.post_layernorm\.|observation_encoder\.text_encoder\.",
+            r"noise_predictor\.(?:input_proj|pos_embedding|time_mlp)",
+            r"noise_predictor\.transformer_blocks\.(\d+)\.",
+            r"noise_predictor\.output_proj\.",
+        )
+
+    @property
     def peft_presets(self) -> Mapping[str, str]:
         block = r"(attn\.(qkv_proj|out_proj)|multihead_attn|mlp\.[02])"
         layer = r"(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])"
