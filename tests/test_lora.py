@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lerobot_jax import (
     adapter_folder,
     checkpoint,
+    convert,
     lora,
     optim,
     state_dict,
@@ -152,6 +153,14 @@ def test_actions_are_stock_s_merged_or_not(recorded: Recorded):
     for params in (policy.params, lora.merged(policy.params)):
         actions = sample(params, policy.buffers, inputs, KEY, **given)
         np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_folder_of_adapters_is_converted_to_a_policy(tmp_path: Path):
+    folder = Recorded("act", tmp_path).folder
+    convert.main(["from-torch", str(folder), f"--output_dir={tmp_path / 'whole'}"])
+    whole, adapted = load_policy(tmp_path / "whole"), load_policy(folder)
+    assert not whole.config.use_peft
+    jax.tree.map(np.testing.assert_array_equal, whole.params, adapted.params)
 
 
 # Which weights
