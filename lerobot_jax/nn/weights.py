@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ from jaxtyping import Array, Float
 from lerobot_jax.nn import execution
 
 LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
-STACKED = "block"  # in the path of arrays with a leading axis of layers: the attribute of `nn.stack.Stack`
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,14 @@ def is_adapted(x: Any) -> bool:
     return isinstance(x, LoraWeight)
 
 
+def is_stacked(name: str) -> bool:
+    """Tell by its dotted name whether an array has a leading axis of layers: it is in the `block` of a `Stack`.
+
+    What has numbers below a `block` is a list of that name.
+    """
+    return re.search(r"(^|\.)block\.(?!\d)", name) is not None
+
+
 def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 
@@ -97,7 +105,7 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
     for path, weight in flat.items():
-        if STACKED in path or (path[-1] == LOOKED_UP and not is_adapted(weight)):
+        if is_stacked(".".join(map(str, path))) or (path[-1] == LOOKED_UP and not is_adapted(weight)):
             made[path] = weight
         elif is_adapted(weight):
             parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
