@@ -5,7 +5,8 @@
     config.json                 the policy's settings, with use_peft
     policy_preprocessor.json ...
 
-Mirrors what `peft.PeftModel.save_pretrained` and `lerobot.common.train_utils.save_checkpoint` write.
+Mirrors what `peft.PeftModel.save_pretrained` and `lerobot.common.train_utils.save_checkpoint` write. As there, what
+training changes without training it (statistics of batch norm) is not in it, unless its module is trained wholly.
 """
 
 from pathlib import Path

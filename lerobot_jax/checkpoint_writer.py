@@ -123,6 +123,8 @@ class CheckpointWriter:
         adapter_folder.write(folder, self._policy.module, lora, **weights)
         dataclasses.replace(self._policy.config.exported(), use_peft=True).save(folder)
         self._policy.save_processors(folder)
+        for dataset, variant in self._variants.items():
+            variant.save_processors(folder / DATASETS / dataset)
         write_json(self._config.to_dict(), folder / TRAIN_CONFIG_NAME, indent=2)
 
     def _publish(self, name: str, is_best: bool) -> None:

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lerobot_jax import (
     adapter_folder,
     checkpoint,
+    convert,
     lora,
     optim,
     state_dict,
@@ -34,6 +35,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.nn.attention import MultiheadAttention
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.stack import Stack
+from lerobot_jax.nn.weights import LoraWeight, ready
 from lerobot_jax.peft_targets import PeftConfig, Target, find_targets, lora_settings
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, policy_class
 from lerobot_jax.policies.config import ParamGroup
@@ -154,6 +156,14 @@ def test_actions_are_stock_s_merged_or_not(recorded: Recorded):
         np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_folder_of_adapters_is_converted_to_a_policy(tmp_path: Path):
+    folder = Recorded("act", tmp_path).folder
+    convert.main(["from-torch", str(folder), f"--output_dir={tmp_path / 'whole'}"])
+    whole, adapted = load_policy(tmp_path / "whole"), load_policy(folder)
+    assert not whole.config.use_peft
+    jax.tree.map(np.testing.assert_array_equal, whole.params, adapted.params)
+
+
 # Which weights
 
 
@@ -259,6 +269,15 @@ def test_a_layer_of_a_stack_can_have_adapters_alone():
     assert gradient.left[1].any()
     assert not gradient.left[0].any()
     assert not gradient.left[2, :, 1].any()  # beyond the rank of that layer
+
+
+def test_a_list_named_block_is_no_stack():
+    weight = LoraWeight(jnp.zeros((3, 2)), jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
+    ready_weights = ready(
+        {"conv1": {"block": {0: {"kernel": weight}}}, "stack": {"block": {"kernel": weight}}}
+    )
+    np.testing.assert_array_equal(ready_weights["conv1"]["block"][0]["kernel"], np.full((3, 2), 0.5))
+    assert ready_weights["stack"]["block"]["kernel"] is weight  # left to the stack
 
 
 # Training
