@@ -86,7 +86,8 @@ class Pi0SizeConfig(PolicyConfig):
     @classmethod
     def tiny(cls) -> "Pi0SizeConfig":
         vision = {
-            "image_size": 28,
+            "image_size": 32,
+            "patch": 16,
             "vision_width": 64,
             "vision_mlp": 128,
             "vision_depth": 2,
