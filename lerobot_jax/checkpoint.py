@@ -48,6 +48,8 @@ FREE_ON_RESUME = (
     "env",
     "eval",
     "wandb",
+    "mesh",
+    "remat",
     "num_workers",
     "prefetch_factor",
     "log_freq",
@@ -64,6 +66,8 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+# What runs had that began before there was such a setting.
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
 
 
 class Checkpoint(NamedTuple):
@@ -88,9 +92,7 @@ def open_run(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
             raise InputError(f"{folder}: no run to resume; leave out --config.resume")
-        before = {"num_seeds": 1} | read_json(
-            folder / TRAIN_CONFIG_NAME
-        )  # runs from before there was a number
+        before = _NEW_SETTINGS | read_json(folder / TRAIN_CONFIG_NAME)
         config = _keep_revisions(config, before["dataset"])
         _check_same(before, json.loads(json.dumps(config.to_dict())), folder / TRAIN_CONFIG_NAME)
         _warn_of_another_schedule(config, before["steps"])

@@ -26,6 +26,7 @@ from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import write_json
 from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.trainable import weights_of
 
 Tree = dict[str, Any]
 
@@ -65,7 +66,7 @@ class CheckpointWriter:
             return
         partial = self._folder / f".partial-{name}"
         remove(partial)
-        weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
+        weights = weights_of(state)
         try:
             self._check_space(partial, state, weights)
             self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))

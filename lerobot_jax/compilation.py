@@ -13,7 +13,7 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_home() / "compiled"))
 
 
-def compile_quickly(function, *args):
+def compile_quickly(function, *args, out_shardings=None):
     """Compile a function that runs once: little optimization."""
     options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options).lower(*args).compile()
+    return jax.jit(function, out_shardings=out_shardings, compiler_options=options).lower(*args).compile()

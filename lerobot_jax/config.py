@@ -18,9 +18,11 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from lerobot_jax.errors import InputError
+from lerobot_jax.nn.execution import Remat
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.sharding import MeshConfig
 from lerobot_jax.transforms import ImageTransformsConfig
 
 T = TypeVar("T")
@@ -282,6 +284,13 @@ class TrainConfig:
     """Samples a forward pass, over all devices."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer update; their gradients are averaged."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions for the beginnings of dotted names of parameters that are not trained."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How the devices are arranged."""
+    remat: Remat | None = None
+    """What the backward pass computes again instead of keeping it: none; dots: all but matrix products; full: all
+    but the inputs of each block of layers. None: full in deep stacks, none elsewhere."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate and export that; e.g. 0.999."""
     num_workers: int = 2

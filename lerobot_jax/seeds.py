@@ -48,13 +48,26 @@ class SeedLayout:
 
     @property
     def state(self) -> NamedSharding:
-        """Where the train state lies."""
+        """Where the train state of several seeds lies."""
         return NamedSharding(self.mesh, PartitionSpec("data")) if self.is_split else self.replicated
 
     @property
     def replicated(self) -> NamedSharding:
         """A whole copy on every device."""
         return sharding.replicated(self.mesh)
+
+    @property
+    def metrics(self) -> NamedSharding | None:
+        """Where numbers lie that a step gives; None: as the compiler likes."""
+        return self.replicated if self.num == 1 else None
+
+    def stacked_shapes(self, shapes: Any) -> Any:
+        """Give the shapes and shardings of the train state of all seeds, of those of one."""
+        if self.num == 1:
+            return shapes
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*self.lead, *x.shape), x.dtype, sharding=self.state), shapes
+        )
 
     def batches(self, batch_size: int, axis: int = 0) -> NamedSharding:
         """Where batches of all seeds lie, whose samples are along an axis of each seed's batch.
@@ -73,7 +86,7 @@ class SeedLayout:
 
     def shared_batch(self, batch_size: int) -> NamedSharding:
         """Where a batch lies that is the same for all seeds; it may be one that cannot be divided."""
-        if self.is_split or batch_size % self.mesh.size:
+        if self.is_split or batch_size % sharding.num_batch_parts(self.mesh):
             return self.replicated
         return sharding.batch_sharding(self.mesh, batch_size)
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lerobot_jax import checkpoint, optim, sharding, training_data
+from lerobot_jax import checkpoint, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
-from lerobot_jax.compilation import compile_quickly, keep_compiled_programs
+from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
 from lerobot_jax.data.streaming import StreamedSamples
@@ -33,13 +33,14 @@ from lerobot_jax.features import ACTION
 from lerobot_jax.files import write_json
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
-from lerobot_jax.policies import base
+from lerobot_jax.program import Program
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.push_to_hub import check_before_training, push_to_hub
 from lerobot_jax.rollout import Runner
 from lerobot_jax.seed_summary import summarize
 from lerobot_jax.seeds import SeedLayout
-from lerobot_jax.train_step import make_eval_loss, make_loss, make_preprocess, make_train_step, mean_metrics
+from lerobot_jax.train_step import mean_metrics
+from lerobot_jax.trainable import weights_of
 from lerobot_jax.visualize import plot_curves
 
 Tree = dict[str, Any]
@@ -62,49 +63,26 @@ def main(argv: Sequence[str]) -> None:
         check_environment(policy.config, config.env)
     if config.wandb.enable:
         import_wandb()
-    layout = SeedLayout(len(runs), sharding.make_mesh())
-    accumulation = config.gradient_accumulation_steps
-    split_over_devices = layout.batches(config.batch_size, axis=int(accumulation > 1))
-    on_every_device = layout.replicated
-    batch_size = config.batch_size * accumulation
-    flat = layout.batches(batch_size)
-    samples = training_data.training_samples(config, sources, policy, on_every_device, flat)
+    mesh = sharding.make_mesh(config.mesh)
+    program = Program(config, policies, [source.name for source in sources], mesh)
+    layout, batch_size = program.layout, program.samples_per_step
+    samples = training_data.training_samples(
+        config, sources, policy, layout.replicated, program.samples_sharding
+    )
     checkpoint.write_train_config(config)
 
     # The train state: all that a step reads and changes.
-    keys = [jax.random.split(jax.random.key(run.seed), 3) for run in runs]
-    init_keys, step_keys, eval_keys = zip(*keys, strict=True)
-    step_key, eval_key = layout.stack(step_keys), layout.stack(eval_keys)
-    params_shape, buffers_shape = jax.eval_shape(policy.init, init_keys[0])
-    optimizer = optim.make_optimizer(config, params_shape)
-
-    def make_state(params: Tree, buffers: Tree) -> Tree:
-        state = {"step": jnp.zeros((), jnp.int32), "params": params, "buffers": buffers}
-        state["opt_state"] = optimizer.init(params)
-        if config.ema_decay is not None:
-            state["ema"] = jax.tree.map(jnp.copy, {"params": params, "buffers": buffers})
-        return state
-
+    step_key, eval_key = program.keys()
     saved_steps = checkpoint.common_steps(runs)  # none unless resuming
     step = first_step = saved_steps[-1] if saved_steps else 0
     if saved_steps:
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_every_device),
-            jax.eval_shape(make_state, params_shape, buffers_shape),
-        )
-        state = layout.stack([checkpoint.restore(run.run_dir, step, target) for run in runs])
+        state = layout.stack([checkpoint.restore(run.run_dir, step, program.seed_state) for run in runs])
     else:
-        arrays = [(policy.params, policy.buffers)] * len(runs)
-        if config.policy.pretrained_path is None:
-            init = compile_quickly(policy.init, init_keys[0])
-            arrays = [base.load_pretrained_parts(policy, *init(key)) for key in init_keys]
-        make_states = layout.over_seeds(make_state, (0, 0))
-        state = jax.jit(make_states, out_shardings=layout.state)(*layout.stack(arrays))
-        del arrays
+        state = program.first_state(policy)
     # From here on, the arrays are in the state.
     policies = [each.replace(params={}, buffers={}) for each in policies]
     policy = policies[0]
-    num_params = sum(x.size for x in jax.tree.leaves(params_shape))
+    num_params = sum(x.size for x in jax.tree.leaves(program.init_shapes[0]))
     logging.info(
         "%s: %s policy with %s parameters%s, %d episodes with %d frames, batch %d on %d %s device(s)",
         config.run_dir,
@@ -114,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         sum(len(source.train_episodes) for source in sources),
         sum(source.num_train_frames(policy.config.num_dropped_frames) for source in sources),
         batch_size,
-        layout.mesh.size,
+        mesh.size,
         jax.default_backend(),
     )
 
@@ -126,19 +104,16 @@ def main(argv: Sequence[str]) -> None:
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor,
     )
-    if accumulation > 1:
-        shape, rest = (*layout.lead, accumulation, config.batch_size), len(layout.lead) + 1
+    if config.gradient_accumulation_steps > 1:
+        shape = (*layout.lead, config.gradient_accumulation_steps, config.batch_size)
+        rest = len(layout.lead) + 1
         batches = ({k: v.reshape(*shape, *v.shape[rest:]) for k, v in batch.items()} for batch in batches)
-    batches = loader.prefetch_to_device(batches, split_over_devices)
+    batches = loader.prefetch_to_device(batches, program.batch_sharding)
     batch = next(batches)
     started = time.monotonic()
-    preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
-    loss_fn = make_loss(policy, preprocess, [source.name for source in sources])
-    train_step = layout.over_seeds(make_train_step(loss_fn, optimizer, config, policy.progress), (0, 0, 0))
-    train_step = jax.jit(train_step, donate_argnums=0)
-    train_step = train_step.lower(state, batch, step_key).compile()
+    train_step = program.trace_step(batch).lower().compile()
     logging.info("compiled the train step in %.1f s", time.monotonic() - started)
-    eval_loss = jax.jit(layout.over_seeds(make_eval_loss(policy, preprocess), (0, None, 0, None)))
+    eval_loss = program.eval_loss()
     runner = policy.make_runner(config.eval.num_envs, config.seed)
 
     # The loop
@@ -192,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
                 continue
             jax.block_until_ready(state)
             paused = time.monotonic()
-            weights = state.get("ema") or {"params": state["params"], "buffers": state["buffers"]}
+            weights = weights_of(state)
             is_best = [False] * len(runs)
             if evaluates:
                 held_out = training_data.held_out_batches(config, sources, policy, samples)

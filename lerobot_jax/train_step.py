@@ -15,6 +15,7 @@ from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.mixture import DATASET_INDEX
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.processors import RenameObservations
+from lerobot_jax.trainable import combine
 from lerobot_jax.transforms import random_transforms
 
 Tree = dict[str, Any]
@@ -80,6 +81,8 @@ def make_train_step(
 ):
     """Give `step(state, batch, key) -> (state, metrics)`: augmentation, gradients, clipping, optimizer, EMA.
 
+    What is in the state's `frozen` is used, but has no gradient.
+
     All randomness comes from `key` and the state's step count. With gradient accumulation, the batch has a leading
     axis of micro-batches, which all see the buffers in `progress` as they were before the step.
     """
@@ -88,24 +91,24 @@ def make_train_step(
         # Mapped over seeds, this takes one seed after another: so its branches stay branches.
         augment = jax.custom_batching.sequential_vmap(augment)
 
-    def augmented_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+    def augmented_loss(params: Tree, frozen: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         augment_key, key = jax.random.split(key) if config.dataset.image_transforms.enable else (key, key)
         images = {k: v for k, v in batch.items() if v.dtype == jnp.uint8 and v.ndim > 3}
-        return loss_fn(params, buffers, batch | augment(augment_key, images), key)
+        return loss_fn(combine(params, frozen), buffers, batch | augment(augment_key, images), key)
 
     gradient = jax.grad(augmented_loss, has_aux=True)
 
-    def accumulated_gradient(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+    def accumulated_gradient(params: Tree, frozen: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         num = config.gradient_accumulation_steps
         if num == 1:
-            return gradient(params, buffers, batch, key)
+            return gradient(params, frozen, buffers, batch, key)
 
         before = {path: x for path, x in flatten_dict(buffers).items() if path in progress}
 
         def add(carry, inputs):
             total, buffers = carry
             buffers = unflatten_dict(flatten_dict(buffers) | before)
-            grads, (metrics, buffers) = gradient(params, buffers, *inputs)
+            grads, (metrics, buffers) = gradient(params, frozen, buffers, *inputs)
             return (jax.tree.map(jnp.add, total, grads), buffers), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -120,10 +123,13 @@ def make_train_step(
     def train_step(state: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, Tree]:
         step = state["step"]
         key = jax.random.fold_in(key, step)
-        grads, (metrics, buffers) = accumulated_gradient(state["params"], state["buffers"], batch, key)
+        frozen = state.get("frozen", {})
+        grads, (metrics, buffers) = accumulated_gradient(
+            state["params"], frozen, state["buffers"], batch, key
+        )
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        new = {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
+        new = state | {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
         if config.ema_decay is not None:
             values = {"params": params, "buffers": buffers}
             new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from lerobot_jax import checkpoint, checkpoint_writer, optim, train
 from lerobot_jax.certificate import Certifier
@@ -281,7 +280,7 @@ def test_batch_norms_and_augmentation_of_each_seed(num_devices: int):
     """Diffusion Policy with images: buffers, parameters and averages of each seed, as alone."""
     policy, config = tiny_diffusion()
     runs = config.runs
-    layout = SeedLayout(len(runs), Mesh(np.array(jax.devices()[:num_devices]), ("data",)))
+    layout = SeedLayout(len(runs), make_mesh(devices=jax.devices()[:num_devices]))
     batches = [[make_batch(run.seed, step) for step in range(3)] for run in runs]
     batches = [layout.stack(each) for each in zip(*batches, strict=True)]
     arrays = [jax.jit(policy.init)(jax.random.key(run.seed)) for run in runs]

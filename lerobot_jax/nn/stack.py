@@ -1,26 +1,38 @@
 """Equal blocks run one after the other, compiled once."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from lerobot_jax.nn import execution, weights
 from lerobot_jax.nn.variables import Buffer
 
 
 class Stack(nnx.Module):
     """`length` equal blocks, kept as one block whose arrays have a leading axis of layers.
 
-    `jax.lax.scan` runs them, so that compile time does not grow with depth; with `jax.checkpoint`, so that only
-    the blocks' inputs are kept for the backward pass. In PyTorch's names, the blocks are `0`, `1`, ....
+    `jax.lax.scan` runs them, so that compile time does not grow with depth; unless the run's `remat` says something
+    else, only the blocks' inputs are kept for the backward pass. Where devices store a part of the weights each,
+    those of one layer at a time are gathered. In PyTorch's names, the blocks are `0`, `1`, ....
 
     Args:
         make_block: builds one block from its `nnx.Rngs`; blocks draw no random numbers when they are called.
         length: how many blocks.
+        dtype: the type to which the blocks cast all their matrices, if they do: then they travel in it.
     """
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        length: int,
+        *,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
         def init(key):
             _, params, buffers = nnx.split(make_block(nnx.Rngs(params=key)), nnx.Param, Buffer)
             return params, buffers
@@ -28,13 +40,18 @@ class Stack(nnx.Module):
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
         self.block = nnx.merge(graphdef, *jax.vmap(init)(jax.random.split(rngs.params(), length)))
         self.length = length
+        self.dtype = dtype
 
     def __call__(self, x: Any, *args: Any) -> Any:
-        """Apply the blocks to `x` in turn, each as `block(x, *args)`."""
+        """Apply the blocks to `x` in turn, each as `block(x, *args)`; in `x`, samples are the first axis."""
         graphdef, arrays = nnx.split(self.block)
+        settings = execution.current()
+        if settings.remat is None:
+            settings = dataclasses.replace(settings, remat="full")
 
-        @jax.checkpoint
+        @settings.checkpoint
         def apply(x, layer):
-            return nnx.merge(graphdef, layer)(x, *args), None
+            block = nnx.merge(graphdef, nnx.State(weights.ready(layer, self.dtype)))
+            return settings.shard_batch(block(x, *args)), None
 
-        return jax.lax.scan(apply, x, arrays)[0]
+        return jax.lax.scan(apply, settings.shard_batch(x), nnx.to_pure_dict(arrays))[0]

@@ -27,6 +27,7 @@ from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
 from lerobot_jax.nn.variables import Buffer, Progress
+from lerobot_jax.nn.weights import ready
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
@@ -111,7 +112,7 @@ class FunctionalPolicy:
         **draws: Array,
     ) -> tuple[Float[Array, "..."], tuple[Metrics, Tree]]:
         """Give (loss, (metrics, buffers after the pass)) of a preprocessed batch."""
-        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        module = self._merge(params, buffers)
         loss, metrics = module.loss(batch, key=key, train=train, reduction=reduction, **draws)
         return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
 
@@ -119,8 +120,12 @@ class FunctionalPolicy:
         self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
     ) -> Float[Array, "b chunk act"]:
         """Give a chunk of normalized actions for preprocessed observations."""
-        module = nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+        module = self._merge(params, buffers)
         return module.sample_actions(batch, key=key, **draws)
+
+    def _merge(self, params: Tree, buffers: Tree) -> Policy:
+        states = (nnx.State(ready(tree)) for tree in (params, buffers))
+        return nnx.merge(self.graphdef, *states)
 
     def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
         """Give the random tensors that `sample_actions` draws from `key`, by their names."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from lerobot_jax.processors.steps import Step
 from lerobot_jax.settings import check_settings
@@ -124,6 +125,11 @@ class PolicyConfig(abc.ABC):
         Those of other phases have gradients of 0 then, and the optimizer leaves them alone, their decay and its
         step count included, as PyTorch's does with parameters that have no gradient. Empty: there is one phase.
         """
+        return ()
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        """The axes of weights that tensor parallelism splits (`mesh.tensor`); the first match counts."""
         return ()
 
     @property

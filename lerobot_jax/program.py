@@ -1,0 +1,164 @@
+"""A run's train state and the step that changes it, as a program for a mesh of devices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lerobot_jax import optim, sharding, trainable
+from lerobot_jax.compilation import compile_quickly
+from lerobot_jax.config import TrainConfig
+from lerobot_jax.errors import InputError
+from lerobot_jax.nn.execution import Execution
+from lerobot_jax.policies import base
+from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.seeds import SeedLayout
+from lerobot_jax.train_step import make_eval_loss, make_loss, make_preprocess, make_train_step
+
+Tree = dict[str, Any]
+
+
+class Program:
+    """What a run computes and where; it holds no arrays, so it can be compiled for devices that are not here.
+
+    Attributes:
+        config: the run's; `runs` its seeds.
+        policy: the policy, without arrays.
+        layout: how the seeds lie on the mesh.
+        execution: the mesh and how layers use it.
+        seed_state: shapes and shardings of the train state of one seed.
+        state: those of all seeds.
+    """
+
+    def __init__(
+        self, config: TrainConfig, policies: Sequence[FunctionalPolicy], names: Sequence[str], mesh: Mesh
+    ):
+        """Args:
+        config: the run's.
+        policies: for each dataset, the policy with its processors.
+        names: of the datasets.
+        mesh: the devices.
+
+        Raises:
+            InputError: when the batch, the seeds or the tensor axes do not fit the mesh.
+        """
+        self.config, self.runs = config, config.runs
+        self.policy = policies[0].replace(params={}, buffers={})
+        self.layout = SeedLayout(len(self.runs), mesh)
+        _check_mesh(config, self.policy, mesh)
+        whole_seeds = len(self.runs) > 1  # a device computes all of a seed, or all devices hold every seed
+        self.execution = Execution(
+            None if whole_seeds else mesh,
+            config.policy.tensor_axes,
+            config.mesh.min_shard_size,
+            config.remat,
+        )
+        accumulation = config.gradient_accumulation_steps
+        self.batch_sharding = self.layout.batches(config.batch_size, axis=int(accumulation > 1))
+        self.samples_sharding = self.layout.batches(self.samples_per_step)
+
+        self.init_shapes = jax.eval_shape(self.policy.init, jax.random.key(0))
+        trained, _ = trainable.split(config, self.init_shapes[0])
+        self.optimizer = optim.make_optimizer(config, trained)
+        self.seed_state = self._placed(jax.eval_shape(self.make_state, *self.init_shapes))
+        self.state = self.layout.stacked_shapes(self.seed_state)
+
+        preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
+        step = make_train_step(
+            make_loss(self.policy, preprocess, names), self.optimizer, config, self.policy.progress
+        )
+        self._step = self.execution(self.layout.over_seeds(step, (0, 0, 0)))
+        self._eval_loss = self.execution(
+            self.layout.over_seeds(make_eval_loss(self.policy, preprocess), (0, None, 0, None))
+        )
+
+    @property
+    def samples_per_step(self) -> int:
+        """How many samples of each seed an update takes."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    def make_state(self, params: Tree, buffers: Tree) -> Tree:
+        """Make the train state of one seed: all that a step reads and changes."""
+        trained, frozen = trainable.split(self.config, params)
+        state = {"step": jnp.zeros((), jnp.int32), "params": trained, "buffers": buffers}
+        state["opt_state"] = self.optimizer.init(trained)
+        if frozen:
+            state["frozen"] = frozen
+        if self.config.ema_decay is not None:
+            state["ema"] = jax.tree.map(jnp.copy, {"params": trained, "buffers": buffers})
+        return state
+
+    def keys(self) -> tuple[jax.Array, jax.Array]:
+        """Give the keys of the steps and of the validation loss, for all seeds."""
+        split = [jax.random.key_data(jax.random.split(jax.random.key(run.seed), 3)) for run in self.runs]
+        data = np.stack([np.asarray(each) for each in split], axis=1).reshape(3, *self.layout.lead, -1)
+        wrap = jax.jit(lambda data: tuple(jax.random.wrap_key_data(data)), out_shardings=self.layout.state)
+        step_key, eval_key = wrap(data[1:])
+        return step_key, eval_key
+
+    def first_state(self, policy: FunctionalPolicy) -> Tree:
+        """Make the state before the first step, on its devices.
+
+        Args:
+            policy: its arrays, if it has any, are where training begins.
+        """
+        where = jax.tree.map(lambda x: x.sharding, self._placed(self.init_shapes))
+        arrays = [(policy.params, policy.buffers)] * len(self.runs)
+        if not policy.params:
+            key = np.asarray(jax.random.key_data(jax.random.key(0)))
+            init = compile_quickly(self._init, key, out_shardings=where)
+            first = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
+            drawn = [init(np.asarray(jax.random.key_data(key))) for key in first]
+            arrays = [base.load_pretrained_parts(policy, *each) for each in drawn]
+        arrays = [sharding.place(each, where) for each in arrays]
+        make_states = self.layout.over_seeds(self.make_state, (0, 0))
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(make_states, out_shardings=shardings)(*self.layout.stack(arrays))
+
+    def trace_step(self, batch: Tree) -> jax.stages.Traced:
+        """Trace `step(state, batch, key) -> (state, metrics)` for batches of these shapes.
+
+        Args:
+            batch: arrays, or shapes with shardings, of all seeds.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, self.layout.metrics))
+        return step.trace(self.state, _shapes(batch), self._key_shape())
+
+    def eval_loss(self) -> Any:
+        """Give `loss(weights, batch, key, i)`, a number for each seed."""
+        return jax.jit(self._eval_loss, out_shardings=self.layout.metrics)
+
+    def _init(self, key_data: jax.Array) -> tuple[Tree, Tree]:
+        return self.policy.init(jax.random.wrap_key_data(key_data))
+
+    def _placed(self, shapes: Any) -> Any:
+        """Give the shapes of one seed's arrays with their shardings."""
+        if self.execution.mesh is None:
+            where = jax.tree.map(lambda _: self.layout.replicated, shapes)
+        else:
+            where = sharding.state_shardings(self.execution, shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+    def _key_shape(self) -> jax.ShapeDtypeStruct:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.ShapeDtypeStruct(self.layout.lead, key.dtype, sharding=self.layout.state)
+
+
+def _shapes(batch: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+
+
+def _check_mesh(config: TrainConfig, policy: FunctionalPolicy, mesh: Mesh) -> None:
+    if config.num_seeds > 1 and (mesh.shape["fsdp"], mesh.shape["tensor"]) != (1, 1):
+        raise InputError(
+            f"num_seeds={config.num_seeds} works with mesh.fsdp=1 and mesh.tensor=1 only: several seeds are split "
+            "over the devices"
+        )
+    if mesh.shape["tensor"] > 1 and not policy.config.tensor_axes:
+        raise InputError(
+            f"mesh.tensor={mesh.shape['tensor']}: {policy.config.type} has no tensor_axes to split"
+        )
