@@ -191,7 +191,7 @@ def _from_cloud(name: str, slices: str | None, kind: str, number: int) -> str:
     if chips not in known:
         numbers = ", ".join(str(size if is_flat else 2 * size) for size in known)
         raise InputError(f"--topology: {name} has no shape of its own; there are {kind}-N with N = {numbers}")
-    return f"{slices or 1}x{kind}:{known[int(chips)]}"
+    return f"{slices}x{kind}:{known[int(chips)]}" if slices else f"{kind}:{known[int(chips)]}"
 
 
 def tpu_settings(topology: Topology) -> dict[str, Any]:
