@@ -90,7 +90,7 @@ def _of_devices(
 ) -> Collective:
     given, dtype = _operands(module, run)
     groups = _groups(run.instruction, math.prod(mesh_shape.values()))
-    axes, group_size, slices = ("?",), 1, 1
+    axes, group_size, slices = ("?",), math.prod(mesh_shape.values()), 1
     if groups is not None:
         coordinates = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())), axis=-1)
         varies = np.any(coordinates != coordinates[:, :1], axis=(0, 1))
@@ -150,17 +150,27 @@ def _groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
         ids = np.arange(num_devices).reshape(_numbers(iota[2]))
         ids = ids.transpose(_numbers(iota[3])) if iota[3] else ids
         return ids.reshape(_numbers(iota[1]))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
-    if mesh is None:
+    return _groups_of_mesh(instruction.attributes, num_devices)
+
+
+def _groups_of_mesh(attributes: str, num_devices: int) -> np.ndarray | None:
+    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: groups along named axes of some mesh."""
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}", attributes
+    )
+    if found is None:
         return None
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    chosen = re.findall(r"'(\w+)'", mesh[2])
-    if ":" in mesh[2] or math.prod(sizes.values()) != num_devices:
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    chosen = re.findall(r"'(\w+)'", found[4])
+    if math.prod(sizes.values()) != num_devices:
         return None
+    ids = np.arange(num_devices)
+    if found[3]:
+        ids = ids.reshape(_numbers(found[2])).transpose(_numbers(found[3]))
     kept = [name for name in sizes if name not in chosen]
     order = [list(sizes).index(name) for name in (*kept, *chosen)]
     group_size = math.prod(sizes[name] for name in chosen)
-    return np.arange(num_devices).reshape(tuple(sizes.values())).transpose(order).reshape(-1, group_size)
+    return ids.reshape(tuple(sizes.values())).transpose(order).reshape(-1, group_size)
 
 
 def _numbers(text: str) -> list[int]:

@@ -67,8 +67,7 @@ def step_memory(
         limit: bytes that a program may use on a device.
     """
     stats: Any = compiled.memory_analysis()
-    parts = {LABELS.get(name, name): device_bytes(tree) for name, tree in state.items() if name != "step"}
-    parts["batch"] = device_bytes(batch)
+    parts = state_parts(state, batch)
     # What layouts add: on TPU the last axis of an array is padded to 128.
     parts["padding"] = max(0, stats.argument_size_in_bytes - sum(parts.values()) - _SMALL)
     if is_bound := platform == "cpu":  # whose peak is only that of the arguments
@@ -80,6 +79,13 @@ def step_memory(
 
 
 _SMALL = 1024  # step count and random key
+
+
+def state_parts(state: Mapping[str, Any], batch: Any) -> dict[str, int]:
+    """Count the bytes on one device of each part of the train state, and of the batch."""
+    names = [*(name for name in LABELS if name in state), *(set(state) - set(LABELS) - {"step"})]
+    parts = {LABELS.get(name, name): device_bytes(state[name]) for name in names}
+    return parts | {"batch": device_bytes(batch)}
 
 
 def device_bytes(tree: Any) -> int:
