@@ -139,9 +139,7 @@ def _source(
     opened = Source(source, meta, settings, data, train, held_out)
     dropped = config.policy.num_dropped_frames
     if opened.num_train_frames(dropped) == 0:
-        raise InputError(
-            f"{source.repo_id}: no episode is longer than drop_n_last_frames={dropped}"
-        )
+        raise InputError(f"{source.repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
 
 

@@ -10,7 +10,14 @@ import numpy as np
 
 from lerobot_jax.planning.hlo import Instruction, Module, Run, number_types, shape_bytes
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 BETWEEN_SLICES = "network"
 INSIDE = "links"
 
@@ -143,9 +150,7 @@ def _groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
         return np.array(rows) if len({len(row) for row in rows}) == 1 else None
     if "replica_groups={}" in instruction.attributes:
         return np.arange(num_devices)[None]
-    iota = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes
-    )
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes)
     if iota is not None:
         ids = np.arange(num_devices).reshape(_numbers(iota[2]))
         ids = ids.transpose(_numbers(iota[3])) if iota[3] else ids
@@ -156,7 +161,8 @@ def _groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
 def _groups_of_mesh(attributes: str, num_devices: int) -> np.ndarray | None:
     """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: groups along named axes of some mesh."""
     found = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}",
+        attributes,
     )
     if found is None:
         return None

@@ -28,7 +28,16 @@ GPU_SHARE = 0.75  # what XLA reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 
 # Slices that Google Cloud offers, by number of chips.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+CUBIC = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
 CUBIC |= {768: "8x8x12", 1024: "8x8x16", 2048: "8x16x16"}
 
 

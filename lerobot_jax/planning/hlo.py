@@ -77,7 +77,10 @@ class Module:
         for each in self.computations[computation].values():
             yield Run(each, computation, times, is_fused)
             if each.opcode == "while":
-                body, condition = each.attribute(r"body=%([\w.\-]+)"), each.attribute(r"condition=%([\w.\-]+)")
+                body, condition = (
+                    each.attribute(r"body=%([\w.\-]+)"),
+                    each.attribute(r"condition=%([\w.\-]+)"),
+                )
                 assert body is not None
                 assert condition is not None
                 turns = each.attribute(r'known_trip_count.*?"n":"(\d+)"')

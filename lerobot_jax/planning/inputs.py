@@ -36,9 +36,7 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Give the shapes of a batch, and where it lies."""
     shapes = training_data.batch_shapes(config, sources, policy)
-    return {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()
-    }
+    return {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
 
 
 def _find(config: TrainConfig, source: SourceConfig) -> LeRobotDatasetMetadata:

@@ -10,8 +10,26 @@ from collections.abc import Mapping
 from lerobot_jax.planning.hlo import Instruction, Module, shape_bytes
 
 # They name, order or call; those that are "done" were counted at their start.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
-_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "domain", "async-update", "add-dependency"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "iota",
+}
+_FREE |= {
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "domain",
+    "async-update",
+    "add-dependency",
+}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
