@@ -27,6 +27,7 @@ from lerobot_jax import optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
+from lerobot_jax.optim_config import EMAConfig, SWAConfig
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import CONFIG_NAME
 from lerobot_jax.processors import PREPROCESSOR_NAME, load_pipelines
@@ -68,6 +69,7 @@ FREE_ON_RESUME = (
 )
 # What runs had that began before there was such a setting.
 _NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
+_NEW_SETTINGS |= {"ema": dataclasses.asdict(EMAConfig()), "swa": dataclasses.asdict(SWAConfig())}
 
 
 class Checkpoint(NamedTuple):
@@ -257,7 +259,8 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
             has_ema = "ema" in checkpointer.metadata(folder.resolve()).item_metadata.tree
             if which == "ema" and not has_ema:
                 raise InputError(
-                    f"{folder} has no averaged weights: the run had no ema_decay; use --weights=raw"
+                    f"{folder} has no averaged weights: the run had neither ema_decay nor swa.start; "
+                    "use --weights=raw"
                 )
             is_averaged = has_ema and which != "raw"
             target = {"ema": target} if is_averaged else target

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lerobot_jax import optim, sharding, trainable
+from lerobot_jax import averaging, optim, sharding, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
@@ -62,7 +62,7 @@ class Program:
 
         self.init_shapes = jax.eval_shape(self.policy.init, jax.random.key(0))
         trained, _ = trainable.split(config, self.init_shapes[0])
-        self.optimizer = optim.make_optimizer(config, trained)
+        self.optimizer = optim.make_optimizer(config, trained, self.init_shapes[0])
         self.seed_state = self._placed(jax.eval_shape(self.make_state, *self.init_shapes))
         self.state = self.layout.stacked_shapes(self.seed_state)
 
@@ -87,7 +87,7 @@ class Program:
         state["opt_state"] = self.optimizer.init(trained)
         if frozen:
             state["frozen"] = frozen
-        if self.config.ema_decay is not None:
+        if averaging.is_averaged(self.config):
             state["ema"] = jax.tree.map(jnp.copy, {"params": trained, "buffers": buffers})
         return state
 

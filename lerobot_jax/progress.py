@@ -6,8 +6,8 @@ from typing import Any
 import tqdm
 
 
-def progress_bar(description: str, total: int, unit: str, **settings: Any) -> tqdm.tqdm:
-    """Open a progress bar with speed and remaining time."""
+def progress_bar(description: str, total: int | None, unit: str, **settings: Any) -> tqdm.tqdm:
+    """Open a progress bar with speed and remaining time; `total` None: it is not known."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm.tqdm(
         desc=description,

@@ -235,3 +235,11 @@ def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
 def dotted_names(tree: Tree) -> Tree:
     """Give a tree of the same structure that holds each leaf's dotted name, as used in parameter groups."""
     return jax.tree_util.tree_map_with_path(lambda path, _: ".".join(str(entry.key) for entry in path), tree)
+
+
+def is_stacked(name: str) -> bool:
+    """Tell by its dotted name whether an array has a leading axis of layers: it is in the `block` of a `Stack`.
+
+    What has numbers below a `block` is a list of that name.
+    """
+    return re.search(r"(^|\.)block\.(?!\d)", name) is not None

@@ -23,7 +23,7 @@ from absl import logging
 from lerobot_jax import checkpoint, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
-from lerobot_jax.compilation import keep_compiled_programs
+from lerobot_jax.compilation import compiling, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
 from lerobot_jax.data.streaming import StreamedSamples
@@ -31,6 +31,7 @@ from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
 from lerobot_jax.features import ACTION
 from lerobot_jax.files import write_json
+from lerobot_jax.layer_decay import describe_layers
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.program import Program
@@ -95,6 +96,9 @@ def main(argv: Sequence[str]) -> None:
         mesh.size,
         jax.default_backend(),
     )
+    if config.optimizer.layer_decay is not None:
+        decay, params = config.optimizer.layer_decay, program.init_shapes[0]
+        logging.info("%s", describe_layers(decay, config.policy, params))
 
     # Batches, and the compiled step
     batches = loader.training_batches(
@@ -110,11 +114,13 @@ def main(argv: Sequence[str]) -> None:
         batches = ({k: v.reshape(*shape, *v.shape[rest:]) for k, v in batch.items()} for batch in batches)
     batches = loader.prefetch_to_device(batches, program.batch_sharding)
     batch = next(batches)
-    started = time.monotonic()
-    train_step = program.trace_step(batch).lower().compile()
-    logging.info("compiled the train step in %.1f s", time.monotonic() - started)
+    with compiling("the train step"):
+        train_step = program.trace_step(batch).lower().compile()
     eval_loss = program.eval_loss()
     runner = policy.make_runner(config.eval.num_envs, config.seed)
+    if config.env.type and config.env_eval_freq:
+        runner.load(**layout.take(weights_of(state), 0), seed=config.seed)
+        runner.compile()
 
     # The loop
     logs = [MetricsLog(run, first_step) for run in runs]

@@ -85,7 +85,13 @@ class Pi0SizeConfig(PolicyConfig):
 
     @classmethod
     def tiny(cls) -> "Pi0SizeConfig":
-        vision = {"image_size": 28, "vision_width": 64, "vision_mlp": 128, "vision_depth": 2, "vision_heads": 2}
+        vision = {
+            "image_size": 28,
+            "vision_width": 64,
+            "vision_mlp": 128,
+            "vision_depth": 2,
+            "vision_heads": 2,
+        }
         text = {"vocabulary": 512, "num_tokens": 8, "widths": (64, 32), "mlps": (128, 64), "depth": 3}
         return cls(num_cameras=2, heads=2, head_dim=16, chunk_size=4, num_dims=8, **vision, **text)
 

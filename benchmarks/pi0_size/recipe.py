@@ -1,6 +1,6 @@
 """Fine-tune a policy of pi0's size, in bfloat16 with an average of the weights; there is no data to run it on.
 
-    python -m lerobot_jax.plan --config=benchmarks/pi0_size/recipe.py --topology=v5e:4x4 --config.mesh.fsdp=16
+python -m lerobot_jax.plan --config=benchmarks/pi0_size/recipe.py --topology=v5e:4x4 --config.mesh.fsdp=16
 """
 
 from benchmarks.pi0_size import Pi0SizeConfig

@@ -120,21 +120,22 @@ def current() -> Execution:
     return _current.get()
 
 
-def run_block(block: nnx.Module, *args: Any) -> Any:
-    """Call a block of layers as `block(*args)`, with what `remat` says for its backward pass.
+def run_block(block: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a block of layers as `block(*args, **kwargs)`, with what `remat` says for its backward pass.
 
-    Arguments are arrays, trees of arrays, or None; buffers that the block changes are changed.
+    Returns:
+        The block's result: arrays whose first axis is that of samples. Buffers that the block changes are changed.
     """
     execution = current()
     if execution.remat in (None, "none"):
-        return block(*args)
+        return execution.shard_batch(block(*args, **kwargs))
     graphdef, params, buffers = nnx.split(block, nnx.Param, Buffer)
 
-    def run(params: Any, buffers: Any, args: Any) -> Any:
+    def run(params: nnx.State, buffers: nnx.State) -> tuple[Any, nnx.State]:
         module = nnx.merge(graphdef, params, buffers)
-        result = module(*args)
+        result = module(*args, **kwargs)  # closed over: what is no array stays as it is
         return result, nnx.state(module, Buffer)
 
-    result, buffers = execution.checkpoint(run)(params, buffers, args)
+    result, buffers = execution.checkpoint(run)(params, buffers)
     nnx.update(block, buffers)
-    return result
+    return execution.shard_batch(result)

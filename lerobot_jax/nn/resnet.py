@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from lerobot_jax.nn import initializers
 from lerobot_jax.nn.conv import Conv2d
+from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.max_pool import max_pool
 from lerobot_jax.nn.norms import FrozenBatchNorm2d
 
@@ -214,7 +215,7 @@ class ResNet(nnx.Module):
         x: Any = max_pool(jax.nn.relu(bn1(conv1(image), train)))
         for stage in stages:
             for block in stage:
-                x = block(x, train)
+                x = run_block(block, x, train)
         return x
 
 

@@ -18,8 +18,9 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each.
 
     Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
-    one layer at a time exist. So are tables of embeddings: a few rows travel instead. The gradient of a gathered weight is summed right into the parts (reduce-scatter);
-    that of a plain sharding constraint would be summed on every device.
+    one layer at a time exist. So are tables of embeddings: a few rows travel instead. The gradient of a gathered
+    weight is summed right into the parts (reduce-scatter); that of a plain sharding constraint would be summed on
+    every device.
 
     Args:
         weights: a nested dict of arrays.

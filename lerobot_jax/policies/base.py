@@ -186,7 +186,7 @@ class FunctionalPolicy:
     @property
     def module(self) -> Policy:
         """The module tree with shapes instead of arrays."""
-        return nnx.eval_shape(lambda: policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=0)))
+        return _module(self.config)
 
     @property
     def progress(self) -> set[tuple[Any, ...]]:
@@ -453,9 +453,13 @@ def _policy_module(name: str) -> Any:
     raise InputError(f"no policy of type '{name}': {known}{'; '.join(others) or 'there is none'}")
 
 
+@functools.lru_cache(maxsize=16)
+def _module(config: PolicyConfig) -> Policy:
+    return nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
+
+
 def _graphdef(config: PolicyConfig) -> Any:
-    module = nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
-    return nnx.split(module, nnx.Param, Buffer)[0]  # raises if the module holds any other state
+    return nnx.split(_module(config), nnx.Param, Buffer)[0]  # raises if the module holds any other state
 
 
 def _to_float_image(

@@ -128,6 +128,16 @@ class PolicyConfig(abc.ABC):
         return ()
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        """Patterns of all parameters' names from the input to the output, for `optimizer.layer_decay`.
+
+        They are matched at the start of dotted names; the first match counts. What one pattern matches is one
+        layer; with a group that matches a number, one layer for each number, in order. The layers of a `Stack` are
+        counted by themselves. Parts that are side by side share a pattern. Empty: the policy does not say.
+        """
+        return ()
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         """The axes of weights that tensor parallelism splits (`mesh.tensor`); the first match counts."""
         return ()

@@ -1,19 +1,26 @@
 """What every policy promises; a new policy folder is found by itself."""
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import lerobot_jax.policies
 from lerobot_jax import torch_state
+from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType
+from lerobot_jax.layer_decay import layer_factors
+from lerobot_jax.nn.execution import Execution, Remat
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
 from lerobot_jax.policies.config import group_of
+from lerobot_jax.sharding import MeshConfig, make_mesh, state_shardings
 
 NAMES = [module.name for module in pkgutil.iter_modules(lerobot_jax.policies.__path__) if module.ispkg]
 
@@ -58,7 +65,7 @@ def make_batch(policy: FunctionalPolicy, batch_size: int = 3) -> dict:
         else:
             batch[key] = rng.normal(size=(batch_size, *past, *feature.shape)).astype(np.float32)
     batch["action"] = rng.normal(size=(batch_size, steps, *config.action_feature.shape)).astype(np.float32)
-    batch["action_is_pad"] = np.arange(steps)[None] >= np.array([steps, steps - 1, steps - 2])[:, None]
+    batch["action_is_pad"] = np.arange(steps)[None] >= steps - np.arange(batch_size)[:, None] % 3
     if policy.preprocessor.has_text:
         batch = policy.tokenize(batch | {TASK: [f"pick up {i} cubes" for i in range(batch_size)]})
     return batch
@@ -86,6 +93,41 @@ def test_loss_and_gradients_are_finite(policy: FunctionalPolicy):
     assert bool(known) == bool(metrics)
     assert jax.tree.structure(buffers) == jax.tree.structure(policy.buffers)
     assert jax.tree.structure(gradients) == jax.tree.structure(policy.params)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat"), [(MeshConfig(data=2, fsdp=2, tensor=2, min_shard_size=1), "full"), (None, "dots")]
+)
+def test_devices_and_recomputation_do_not_change_the_gradients(
+    policy: FunctionalPolicy, mesh: MeshConfig | None, remat: Remat
+):
+    batch = policy.preprocess(make_batch(policy, 8))
+
+    def loss_fn(params, buffers, key):
+        return policy.loss_fn(params, buffers, batch, key, train=True)
+
+    def gradients(execution: Execution):
+        def place(tree):
+            return tree if execution.mesh is None else jax.device_put(tree, state_shardings(execution, tree))
+
+        function = jax.jit(execution(jax.value_and_grad(loss_fn, has_aux=True)))
+        return function(place(policy.params), place(policy.buffers), jax.random.key(1))
+
+    (loss, (_, buffers)), wanted = gradients(Execution())
+    devices = mesh and make_mesh(mesh)
+    (loss2, (_, buffers2)), found = gradients(Execution(devices, policy.config.tensor_axes, 1, remat))
+    np.testing.assert_allclose(loss2, loss, rtol=1e-5)
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(wanted))
+    assert_same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
+    jax.tree.map(assert_same, (found, buffers2), (wanted, buffers))
+
+
+def test_tensor_axes_name_parameters(policy: FunctionalPolicy):
+    names = {".".join(map(str, path)): x.shape for path, x in flatten_dict(policy.params).items()}
+    for pattern, axis in policy.config.tensor_axes:
+        shapes = [shape for name, shape in names.items() if re.search(f"(?:{pattern})$", name)]
+        assert shapes, pattern
+        assert all(len(shape) >= abs(axis) for shape in shapes), pattern
 
 
 def test_padded_steps_have_no_influence(policy: FunctionalPolicy):
@@ -133,6 +175,19 @@ def test_a_choice_of_denoising_steps_is_told(policy: FunctionalPolicy):
     )
     assert after.out_avals == before.out_avals
     assert str(after) != str(before)
+
+
+def test_the_order_of_layers_leaves_no_parameter_out(policy: FunctionalPolicy):
+    if not policy.config.layer_order:  # then there is no layer-wise decay for this policy
+        with pytest.raises(InputError, match=r"optimizer.layer_decay: .* give it the property layer_order"):
+            layer_factors(0.5, policy.config, policy.params)
+        return
+    factors = [
+        np.ravel(factor) for factor in jax.tree.leaves(layer_factors(0.5, policy.config, policy.params))
+    ]
+    found = sorted(set(np.concatenate(factors)), reverse=True)
+    assert found == [0.5**i for i in range(len(found))]
+    assert len(found) > 2
 
 
 def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -116,6 +117,23 @@ class ACTConfig(PolicyConfig):
     @property
     def param_groups(self) -> tuple[ParamGroup, ...]:
         return (ParamGroup(r"model\.backbone\.", lr=self.optimizer_lr_backbone),)
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (
+            r"model\.backbone\.(?:conv1|bn1)\.",
+            r"model\.backbone\.layer(\d+)\.",
+            # What makes the encoder's tokens, the VAE as a whole among it, and the positions.
+            r"model\.(?:vae_encoder\w*|encoder_\w+|decoder_pos_embed)\.",
+            r"model\.encoder\.layers\.(\d+)\.",
+            r"model\.encoder\.norm\.",
+            r"model\.decoder\.layers\.(\d+)\.",
+            r"model\.(?:decoder\.norm|action_head)\.",
+        )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"linear1\.kernel", -1), TensorAxis(r"linear2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

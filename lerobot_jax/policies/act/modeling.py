@@ -21,6 +21,7 @@ from lerobot_jax.features import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from lerobot_jax.nn.attention import MultiheadAttention
 from lerobot_jax.nn.conv import Conv2d
 from lerobot_jax.nn.dropout import dropout, split_key
+from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.initializers import torch_uniform
 from lerobot_jax.nn.linear import Embedding, LayerNorm, Linear
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, ResNet
@@ -206,7 +207,7 @@ class ACTEncoder(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "b l d"]:
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x = layer(x, pos, key_padding_mask, key=layer_key)
+            x = run_block(layer, x, pos, key_padding_mask, key=layer_key)
         return self.norm(x) if self.norm else x
 
 
@@ -258,7 +259,7 @@ class ACTDecoder(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "b chunk d"]:
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x = layer(x, memory, pos, memory_pos, key=layer_key)
+            x = run_block(layer, x, memory, pos, memory_pos, key=layer_key)
         return self.norm(x)
 
 

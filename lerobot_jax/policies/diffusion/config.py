@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.noise_schedule import NoiseSchedule
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import PolicyConfig
@@ -212,6 +213,26 @@ class DiffusionConfig(PolicyConfig):
     @property
     def sampled_delta_indices(self) -> list[int]:
         return list(range(self.n_action_steps))
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        backbone = r"diffusion\.rgb_encoder\.(?:\d+\.)?backbone\."  # with a number if each camera has its own
+        return (
+            rf"{backbone}[01]\.",
+            rf"{backbone}(\d+)\.",
+            r"diffusion\.(?:rgb_encoder\.(?:\d+\.)?(?:pool|out)|unet\.diffusion_step_encoder)\.",
+            r"diffusion\.unet\.down_modules\.(\d+)\.",
+            r"diffusion\.unet\.mid_modules\.(\d+)\.",
+            r"diffusion\.unet\.up_modules\.(\d+)\.",
+            r"diffusion\.unet\.final_conv\.",
+        )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (
+            TensorAxis(r"unet\..*\.conv1\.block\.0\.kernel", -1),
+            TensorAxis(r"unet\..*\.conv2\.block\.0\.kernel", -2),
+        )
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lerobot_jax.nn.conv import Conv1d, ConvTranspose1d
+from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.norms import GroupNorm
 from lerobot_jax.nn.sequential import Sequential
@@ -84,7 +85,7 @@ class DiffusionConditionalUnet1d(nnx.Module):
         checkpointed = train and self.config.gradient_checkpointing
 
         def run(block: ConditionalResidualBlock1d, x: Array) -> Array:
-            return jax.checkpoint(block)(x, cond) if checkpointed else block(x, cond)
+            return jax.checkpoint(block)(x, cond) if checkpointed else run_block(block, x, cond)
 
         x, skipped = x.astype(dtype), []
         for block1, block2, downsample in self.down_modules:

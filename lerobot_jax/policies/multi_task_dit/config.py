@@ -12,6 +12,7 @@ from absl import logging
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.noise_schedule import NoiseSchedule
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 from lerobot_jax.policies.multi_task_dit.flow_matching import FlowMatching
@@ -285,6 +286,27 @@ class MultiTaskDiTConfig(PolicyConfig):
         # It has no gradient, because the policy does not use it; PyTorch then leaves it as it is.
         unused = ParamGroup(rf"{vision}.*\.post_layernorm\.", rate, weight_decay=0.0)
         return (unused, ParamGroup(vision, rate))
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        vision = r"observation_encoder\.vision_encoders?\.(?:\d+\.)?model\.vision_model"
+        return (
+            rf"{vision}\.(?:embeddings|pre_layrnorm)\.",
+            rf"{vision}\.encoder\.layers\.block\.",
+            rf"{vision}\.post_layernorm\.|observation_encoder\.text_encoder\.",
+            r"noise_predictor\.(?:input_proj|pos_embedding|time_mlp)",
+            r"noise_predictor\.transformer_blocks\.(\d+)\.",
+            r"noise_predictor\.output_proj\.",
+        )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (
+            TensorAxis(r"mlp\.0\.kernel", -1),
+            TensorAxis(r"mlp\.2\.kernel", -2),
+            TensorAxis(r"(fc1|[qkv]_proj)\.kernel", -1),  # CLIP
+            TensorAxis(r"(fc2|self_attn\.out_proj)\.kernel", -2),
+        )
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

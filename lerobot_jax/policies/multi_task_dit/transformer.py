@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from lerobot_jax.nn.attention import MultiheadAttention, attend
 from lerobot_jax.nn.dropout import split_key
+from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.sequential import Sequential
 from lerobot_jax.nn.time_embedding import SinusoidalPosEmb
@@ -69,7 +70,7 @@ class DiffusionTransformer(nnx.Module):
             x = x + self.pos_embedding[...].astype(dtype)
         keys = split_key(dropout_key, len(self.transformer_blocks))
         for block, key in zip(self.transformer_blocks, keys, strict=True):
-            x = block(x, cond, key)
+            x = run_block(block, x, cond, key)
         return self.output_proj(x).astype(jnp.float32)
 
 

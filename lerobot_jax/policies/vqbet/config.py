@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, parse_resnet
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 
@@ -180,6 +181,22 @@ class VQBeTConfig(PolicyConfig):
     @property
     def param_phases(self) -> tuple[str, ...]:
         return (VQVAE, "")
+
+    @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (
+            r"vqbet\.rgb_encoder\.backbone\.[01]\.",
+            r"vqbet\.rgb_encoder\.backbone\.(\d+)\.",
+            r"vqbet\.(?:rgb_encoder\.(?:pool|out)|rgb_feature_projector|state_projector|action_token)",
+            r"vqbet\.policy\.transformer\.(?:wte|wpe)\.",
+            r"vqbet\.policy\.transformer\.h\.(\d+)\.",
+            r"vqbet\.policy\.(?:transformer\.ln_f|lm_head)\.",
+            r"vqbet\.action_head\.",
+        )
+
+    @property
+    def tensor_axes(self) -> tuple[TensorAxis, ...]:
+        return (TensorAxis(r"mlp\.0\.kernel", -1), TensorAxis(r"mlp\.2\.kernel", -2))
 
     @property
     def optimizer_preset(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lerobot_jax.nn.dropout import dropout, split_key
+from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.linear import LayerNorm, Linear
 from lerobot_jax.nn.sequential import Sequential
 from lerobot_jax.nn.variables import Buffer
@@ -72,7 +73,7 @@ class Transformer(nnx.Module):
         positions = self.wpe.embedding[: x.shape[1]].astype(x.dtype)  # l d
         x = dropout(x + positions[None], self.dropout, keys[0])
         for block, block_key in zip(self.h, keys[1:], strict=True):
-            x = block(x, block_key)
+            x = run_block(block, x, block_key)
         return self.ln_f(x)
 
 
