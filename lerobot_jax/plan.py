@@ -2,16 +2,16 @@
 
     python -m lerobot_jax.plan --config=configs/act_pusht.py --topology=v5e:4x4 --config.mesh.fsdp=4
 
-The real train step is compiled for that hardware by its own compiler, for which none of the hardware is needed: for
-TPUs `pip install 'lerobot_jax[plan]'`, for GPUs JAX's CUDA plugin. No frame and no weight is read. Printed are the
-memory that each device needs, operations, memory traffic, collectives, arrays that are not divided, and what follows
-from these; everything that is not measured but derived from peak speeds is called an estimate.
+The real train step is compiled for that hardware by its own compiler, for which none of the hardware is needed:
+for TPUs `pip install 'lerobot_jax[plan]'`, for GPUs JAX's CUDA plugin. No frame and no weight is read. Printed are
+the memory that each device needs, operations, memory traffic, collectives, arrays that are not divided, and what
+follows from these; everything that is derived from peak speeds is called an estimate.
 
-Topologies: v5e:16x16, v6e:AxB, v4:AxBxC, v5p:AxBxC, tpu7x:AxBxC; 2xv5e:16x16 (two slices); Google Cloud's names such
-as v5litepod-256; gpu:8xH200 (A100, H100, H200, B200), gpu:4x8xH200 (four hosts); cpu:8.
+Topologies: v5e:16x16, v6e:AxB, v4:AxBxC, v5p:AxBxC, tpu7x:AxBxC; 2xv5e:16x16 (two slices); Google Cloud's names
+such as v5litepod-256; gpu:8xH200 (A100, H100, H200, B200), gpu:4x8xH200 (four hosts); cpu:8.
 
-Exit code 0: it fits; 2: it does not, and the report says by how much and what would help; 1: something is wrong with
-what was given. The same plan is compiled once: its numbers are kept in the cache folder.
+Exit code 0: it fits; 2: it does not, and the report says by how much and what would help; 1: something is wrong
+with what was given. The same plan is compiled once: its numbers are kept in the cache folder.
 """
 
 import dataclasses

@@ -60,7 +60,7 @@ def _smaller_batches(
     size = max(size, unit)
     share = 1 - size / settings["batch_size"]
     text = (
-        f"--config.batch_size={size} --config.gradient_accumulation_steps={max(1, total // size)}: as many samples a "
-        f"step, {size} at a time"
+        f"--config.batch_size={size} --config.gradient_accumulation_steps={max(1, total // size)}: as many samples "
+        f"a step, {size} at a time"
     )
     return plan["memory"]["temporaries"] * share, text

@@ -106,10 +106,9 @@ def _of_devices(
         of_slice = groups // (math.prod(mesh_shape.values()) // num_slices)
         slices = max(len(set(row)) for row in of_slice.tolist())
     size = given * group_size if kind == "all-gather" else given
-    if slices > 1:  # first inside each, so that every device has a part for the network
-        sent = _sent(kind, given / (group_size // slices), slices)
-    else:
-        sent = _sent(kind, given, group_size)
+    # Between slices: first inside each, so that every device has a part for the network.
+    share, members = (group_size // slices, slices) if slices > 1 else (1, group_size)
+    sent = _sent(kind, given / share, members)
     link = BETWEEN_SLICES if slices > 1 else INSIDE
     return Collective(kind, axes, link, dtype, size, sent, run.times, _origin(run.instruction))
 

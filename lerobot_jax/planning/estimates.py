@@ -15,7 +15,8 @@ class Roofline:
     Attributes:
         seconds: by part: `compute`, `memory`, `links` (inside a slice or host), `network`.
         samples_per_second: of all devices, at most.
-        mfu: model FLOPs utilization, at most: the share of the peak that goes into operations that are not repeated.
+        mfu: model FLOPs utilization, at most: the share of the peak that goes into operations which are not
+            repeated.
     """
 
     seconds: dict[str, float]

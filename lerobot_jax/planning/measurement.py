@@ -139,7 +139,7 @@ def replicated_arrays(state: dict[str, Any], mesh: jax.sharding.Mesh) -> list[di
     """List the large arrays that every device of a mesh with `fsdp` or `tensor` has whole, by parameter.
 
     Returns:
-        For each: its dotted name, its shape, and the bytes of all copies of it that a device has (the parameter, its
+        For each: its dotted name, its shape, and the bytes of all that a device has of it (the parameter, its
         moments, its average).
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
@@ -159,7 +159,7 @@ def replicated_arrays(state: dict[str, Any], mesh: jax.sharding.Mesh) -> list[di
 
 
 def _fingerprint(lowered: Any, topology: Topology) -> str:
-    """Tell one compilation from another: the program, the hardware, the versions of compilers and of this reader."""
+    """Tell one compilation from another: the program, the hardware, the versions of compilers and of us."""
     versions = {name: _version(name) for name in PACKAGES}
     readers = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     parts = [lowered.as_text(), repr(topology), repr(versions), *readers]

@@ -103,16 +103,14 @@ def _link_name(platform: str, link: str) -> str:
 
 def _estimates(plan: Mapping[str, Any]) -> list[str]:
     estimates = plan["estimates"]
-    parts = [
-        f"{LIMIT_NAMES[name]} {seconds_text(seconds)}"
-        for name, seconds in estimates["seconds"].items()
-        if seconds
-    ]
+    seconds, bound = estimates["seconds"], LIMIT_NAMES[estimates["bound"]]
+    parts = [f"{LIMIT_NAMES[name]} {seconds_text(value)}" for name, value in seconds.items() if value]
+    samples = count_text(estimates["samples_per_second"])
     return [
         "Estimates (bounds at the maker's peak speeds, everything overlapping; no step was run)",
         f"  {', '.join(parts)}",
-        f"  a step takes at least {seconds_text(estimates['step'])}, bound by {LIMIT_NAMES[estimates['bound']]}: at "
-        f"most {count_text(estimates['samples_per_second'])} samples/s, MFU at most {estimates['mfu']:.0%}",
+        f"  a step takes at least {seconds_text(estimates['step'])}, bound by {bound}",
+        f"  at most {samples} samples/s, MFU at most {estimates['mfu']:.0%}",
     ]
 
 

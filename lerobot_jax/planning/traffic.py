@@ -1,8 +1,8 @@
 """Bytes that a compiled program reads from and writes to a device's memory, loops counted as often as they run.
 
 Every instruction reads its operands and writes its result, a fusion as a whole; of an array of which it takes a
-slice only that counts, and of one that it changes in place only the change. What the compiler keeps on the chip does
-not count.
+slice only that counts, and of one that it changes in place only the change. What the compiler keeps on the chip
+does not count.
 """
 
 from collections.abc import Mapping
