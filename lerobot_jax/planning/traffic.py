@@ -5,6 +5,7 @@ slice only that counts, and of one that it changes in place only the change. Wha
 does not count.
 """
 
+import re
 from collections.abc import Mapping
 
 from lerobot_jax.planning.hlo import Instruction, Module, shape_bytes
@@ -30,6 +31,7 @@ _FREE |= {
     "async-update",
     "add-dependency",
 }
+_ROOM = re.compile(r"\bs8\[(\d+)\]")
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -47,6 +49,8 @@ def bytes_accessed(module: Module) -> int:
 def _bytes_of(instruction: Instruction, module: Module, known: Mapping[str, Instruction]) -> int:
     read = [_size(known[name]) if name in known else 0 for name in instruction.operands]
     written = _size(instruction)
+    if instruction.opcode == "custom-call":  # on GPUs, room to work in comes as a part of the result
+        written -= sum(map(int, _ROOM.findall(instruction.shape)))
     if instruction.opcode in _SLICES:
         return 2 * written
     if instruction.opcode == "dynamic-update-slice":
