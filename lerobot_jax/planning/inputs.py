@@ -12,6 +12,7 @@ from lerobot_jax import hub, training_data
 from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data.info import DEFAULT_FEATURES
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.streaming import open_stream
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.policies.base import FunctionalPolicy
@@ -47,6 +48,8 @@ def _find(config: TrainConfig, source: SourceConfig) -> LeRobotDatasetMetadata:
 
         return _made_up(source.repo_id, builtin_features(source.repo_id))
     try:
+        if "://" in (source.root or ""):
+            return open_stream(source.repo_id, source.root, source.revision).meta
         return LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
     except InputError as error:
         policy = config.policy
