@@ -29,6 +29,8 @@ from lerobot_jax.program import Program
 
 LARGE = 2**20  # bytes from which an array that every device has whole is worth a line
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+# The compiler has two sentences for it.
+_NEEDED = re.compile(r"[Uu]sed ([\d.]+)([KMGT])\w* of|\(([\d.]+)([KMGT])\w*\) exceeds available")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -114,10 +116,11 @@ class Measurer:
 
     def _exhausted(self, message: str, program: Program, batch: Any) -> dict[str, Any]:
         """Give what is known of a step that the compiler refused."""
-        used = re.search(r"[Uu]sed ([\d.]+)([KMGT])\w* of ([\d.]+)([KMGT])", message)
+        used = _NEEDED.search(message)
         if used is None:
             raise InputError(f"the compiler has not enough memory on {self.topology.name}: {message[:500]}")
-        peak = int(float(used[1]) * UNITS[used[2]])
+        number, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
+        peak = int(float(number) * UNITS[unit])
         parts = memory.state_parts(program.state, batch)
         rest = max(0, peak - sum(parts.values()))
         found = memory.StepMemory(parts, rest, peak, self.topology.memory, is_bound=False)

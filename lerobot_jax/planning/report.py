@@ -64,10 +64,8 @@ def _replicated(plan: Mapping[str, Any]) -> list[str]:
     ]
     if len(plan["replicated"]) > SHOWN:
         rows.append([f"and {len(plan['replicated']) - SHOWN} more"])
-    return [
-        f"Whole on every device: {bytes_text(total)} in arrays above 1 MiB, because no axis can be divided",
-        *_table(rows),
-    ]
+    why = "no axis can be divided, or a layer has fewer numbers than mesh.min_shard_size"
+    return [f"Whole on every device: {bytes_text(total)} in arrays above 1 MiB ({why})", *_table(rows)]
 
 
 def _work(plan: Mapping[str, Any]) -> list[str]:

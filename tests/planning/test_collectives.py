@@ -12,7 +12,9 @@ from lerobot_jax.sharding import MeshConfig, make_mesh
 from tests.planning.programs.record import LAYERS, WIDTH, make_step
 
 PROGRAMS = Path(__file__).with_name("programs")
-WEIGHTS = LAYERS * WIDTH * WIDTH * 4  # bytes; gathered forward, and again for the backward pass, which sums once
+WEIGHTS = (
+    LAYERS * WIDTH * WIDTH * 4
+)  # bytes; gathered forward, and again for the backward pass, which sums once
 
 
 def _module(name: str) -> Module:

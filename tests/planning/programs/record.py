@@ -1,6 +1,6 @@
 """Record the compiled programs in this folder: a small FSDP step, without what the compilers note for themselves.
 
-    python -m tests.planning.programs.record v5e:2x2 ...
+python -m tests.planning.programs.record v5e:2x2 ...
 """
 
 import re
@@ -27,9 +27,7 @@ def make_step(mesh):
     def gather(w):
         return jax.lax.with_sharding_constraint(w, whole)
 
-    gather.defvjp(
-        lambda w: (gather(w), None), lambda _, g: (jax.lax.with_sharding_constraint(g, stored),)
-    )
+    gather.defvjp(lambda w: (gather(w), None), lambda _, g: (jax.lax.with_sharding_constraint(g, stored),))
 
     def loss(weights, x):
         x = jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ gather(w)), None)), x, weights)[0]
@@ -64,7 +62,9 @@ def main(names: list[str]) -> None:
         compiled = step.lower(weights, x).compile()
         path = Path(__file__).with_name(name.replace(":", "_") + ".hlo.txt")
         path.write_text(strip(compiled.as_text()))
-        print(path, len(compiled.as_text()), path.stat().st_size, dict(mesh.shape), compiled.memory_analysis())
+        print(
+            path, len(compiled.as_text()), path.stat().st_size, dict(mesh.shape), compiled.memory_analysis()
+        )
 
 
 if __name__ == "__main__":
