@@ -90,8 +90,9 @@ TPUS = {
 
 
 def _gpu(name: str, memory: int, tflops: tuple[float, float, float], *gb_per_second: float) -> Chip:
+    flops, tf32, float32 = (speed * 1e12 for speed in tflops)
     bandwidth, link, network = (speed * 1e9 for speed in gb_per_second)
-    return Chip(name, memory, *(speed * 1e12 for speed in tflops), bandwidth, link, network)
+    return Chip(name, memory, flops, tf32, float32, bandwidth, link, network)
 
 
 # TFLOP/s of dense bfloat16, TF32 (JAX's default for float32) and float32; GB/s of memory, NVLink (one direction),

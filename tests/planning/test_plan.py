@@ -14,14 +14,11 @@ from lerobot_jax.planning.estimates import roofline
 from lerobot_jax.planning.hardware import parse_topology
 
 RECIPE = """
-import dataclasses
 from lerobot_jax.config import DatasetConfig, TrainConfig
 from lerobot_jax.policies.act import ACTConfig
 
 def get_config(variant=""):
     policy = ACTConfig.tiny()
-    if variant == "large":
-        policy = dataclasses.replace(policy, dim_model=2048, dim_feedforward=32768, n_encoder_layers=8)
     return TrainConfig(policy=policy, dataset=DatasetConfig("none/none", root="none"), batch_size=16, ema_decay=0.9)
 """
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
@@ -98,15 +95,15 @@ def test_a_plan_for_tpus_and_their_largest_batch(recipe: str, tmp_path: Path, ca
 def test_what_does_not_fit_ends_with_its_own_code_and_says_by_how_much(recipe: str, tmp_path: Path, capfd):
     path = tmp_path / "plan.json"
     with pytest.raises(SystemExit) as ended:
-        plan.main(
-            [f"--config={recipe}:large", f"--json={path}", "--topology=v5e:2x2", "--largest_batch=False"]
-        )
+        arguments = ["--topology=v5e:2x2", "--largest_batch=False", "--config.batch_size=8000000"]
+        plan.main([f"--config={recipe}", f"--json={path}", *arguments])
     assert ended.value.code == plan.DOES_NOT_FIT
     found = json.loads(path.read_text())
     missing = found["memory"]["peak"] - found["memory"]["limit"]
     assert missing > 0
     printed = capfd.readouterr().out
     assert "It does not fit: each device lacks" in printed
+    assert "--config.gradient_accumulation_steps=2" in printed
     assert "--config.mesh.fsdp=4" in printed
     assert "--config.optimizer.type=adafactor" in printed
 
