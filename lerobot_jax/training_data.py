@@ -1,7 +1,7 @@
 """What a run trains on: its datasets, the policy's features and statistics in them, samples in training order."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from jaxtyping import Shaped
 
 from lerobot_jax import hub
 from lerobot_jax.config import SourceConfig, TrainConfig
-from lerobot_jax.data import loader, mixture
+from lerobot_jax.data import loader, mixture, tables
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
+from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, sample_weights
 from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
@@ -46,7 +47,7 @@ class Source:
         meta: what it says of itself.
         settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras`, `image_size` and `added_columns` of
             `LeRobotDataset`.
-        data: the dataset, or the stream that gives it.
+        data: the dataset, or the stream that gives it; None if only its metadata was read.
         train_episodes: those to train on.
         held_out_episodes: those for the validation loss.
     """
@@ -54,7 +55,7 @@ class Source:
     config: SourceConfig
     meta: LeRobotDatasetMetadata
     settings: dict[str, Any]
-    data: LeRobotDataset | Stream
+    data: LeRobotDataset | Stream | None
     train_episodes: list[int]
     held_out_episodes: list[int]
 
@@ -87,10 +88,21 @@ def open_sources(config: TrainConfig) -> list[Source]:
     Raises:
         InputError: naming what is missing or damaged.
     """
+    return [_open_source(config, chosen) for chosen in _chosen_sources(config)]
+
+
+def describe_sources(
+    config: TrainConfig, find: Callable[[SourceConfig], LeRobotDatasetMetadata]
+) -> list[Source]:
+    """Give the datasets without their data, for `batch_shapes`: of each only the metadata that `find` gives."""
+    return [_source(config, chosen, find(chosen), None) for chosen in _chosen_sources(config)]
+
+
+def _chosen_sources(config: TrainConfig) -> Sequence[SourceConfig]:
     if config.dataset.mixture:
-        return [_open_source(config, chosen) for chosen in config.dataset.sources]
+        return config.dataset.sources
     (only,) = config.dataset.sources
-    return [_open_source(config, dataclasses.replace(only, rename_map=config.rename_map))]
+    return [dataclasses.replace(only, rename_map=config.rename_map)]
 
 
 def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
@@ -102,6 +114,18 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
         root = str(hub.lerobot_home() / repo_id) if config.dataset.streaming else None
     stream = open_stream(repo_id, root, revision) if config.dataset.streaming else None
     meta = stream.meta if stream else LeRobotDatasetMetadata.find(repo_id, root, revision)
+    opened = _source(config, source, meta, stream)
+    if stream is None:
+        data = LeRobotDataset(
+            repo_id, root=root, episodes=source.episodes, revision=revision, **opened.settings
+        )
+        opened = dataclasses.replace(opened, data=data)
+    return opened
+
+
+def _source(
+    config: TrainConfig, source: SourceConfig, meta: LeRobotDatasetMetadata, data: Stream | None
+) -> Source:
     _check_rename_map(source, meta)
     original = {new: old for old, new in source.rename_map.items()}
     cameras = [original.get(key, key) for key in config.policy.image_features]
@@ -114,14 +138,11 @@ def _open_source(config: TrainConfig, source: SourceConfig) -> Source:
         "image_size": config.dataset.image_size,
         "added_columns": _added_columns(config, source, meta),
     }
-    data = stream or LeRobotDataset(
-        repo_id, root=root, episodes=source.episodes, revision=revision, **settings
-    )
     train, held_out = split_episodes(meta, source.episodes, config.dataset.eval_split)
     opened = Source(source, meta, settings, data, train, held_out)
     dropped = config.policy.num_dropped_frames
     if opened.num_train_frames(dropped) == 0:
-        raise InputError(f"{repo_id}: no episode is longer than drop_n_last_frames={dropped}")
+        raise InputError(f"{source.repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
 
 
@@ -163,6 +184,7 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
 
     Returns:
         One for each source: the same policy with that dataset's processors and tasks. The first has the weights.
+        Where only the metadata was read, there are no weights, and statistics that change nothing.
 
     Raises:
         InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
@@ -186,7 +208,7 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
         target_stats = _target_statistics(adapted, source) if target.is_transformed else None
         rename, size = source.config.rename_map, config.dataset.image_size
         policies.append(base.make_policy(adapted, stats, rename, target_stats, size))
-    if policy_config.pretrained_path is not None:
+    if policy_config.pretrained_path is not None and sources[0].data is not None:
         first = policies[0]
         pretrained = base.load_policy(
             policy_config.pretrained_path,
@@ -281,6 +303,8 @@ def _check_offered(where: str, key: str, wanted: PolicyFeature, source: Source, 
 
 def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyFeature]) -> Any:
     """Give a dataset's statistics under the policy's names."""
+    if source.data is None:
+        return {key: mixture.neutral_statistics(_row(feature)) for key, feature in features.items()}
     rename = source.config.rename_map
     known = source.meta.stats
     if isinstance(source.data, LeRobotDataset):
@@ -296,6 +320,10 @@ def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyF
 
 def _target_statistics(policy: PolicyConfig, source: Source) -> dict[str, np.ndarray]:
     """Give the statistics of what the policy predicts of a dataset's actions."""
+    if source.data is None:
+        steps = policy.action_delta_indices if policy.action_target.statistics_per_step else None
+        lead = () if steps is None else (len(steps),)
+        return mixture.neutral_statistics((*lead, *policy.action_feature.shape))
     if not isinstance(source.data, LeRobotDataset):
         raise InputError(
             "action_target: its statistics need all actions of the dataset, so dataset.streaming must be off"
@@ -310,6 +338,11 @@ def _target_statistics(policy: PolicyConfig, source: Source) -> dict[str, np.nda
     return target_statistics(columns, policy.action_target, policy.action_delta_indices)
 
 
+def _row(feature: PolicyFeature) -> tuple[int, ...]:
+    """Give the shape of a feature's statistics."""
+    return (feature.shape[0], 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
+
+
 def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
     """List what a batch needs: the policy's inputs and outputs under the dataset's names, padding, the task."""
     original = {new: old for old, new in source.config.rename_map.items()}
@@ -320,6 +353,45 @@ def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
 
 def _training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
     return [*batch_keys(policy, source), *source.settings["added_columns"]]
+
+
+def batch_shapes(
+    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Tell what the train step gets as a batch, from metadata alone.
+
+    The shapes have the leading axes of seeds, if there are several, and of micro-batches, if gradients are
+    accumulated; the types are those on the devices.
+    """
+    samples = [_blank_sample(source, _training_keys(policy, source)) for source in sources]
+    if config.dataset.mixture:
+        maps = [_feature_map(policy, source) for source in sources]
+        samples = [to_policy(sample) for to_policy, sample in zip(maps, samples, strict=True)]
+        samples[0] |= {mixture.DATASET_INDEX: np.zeros(1, np.int64)}
+    accumulation = config.gradient_accumulation_steps
+    lead = (*(n for n in (config.num_seeds, accumulation) if n > 1), config.batch_size)
+    return {
+        key: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+        for sample in samples
+        for key, x in sample.items()
+    }
+
+
+def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
+    """Give a batch of one sample as the dataset would, of zeros."""
+    deltas, chosen = source.settings["delta_timestamps"], source.settings["cameras"]
+    cameras = source.meta.camera_keys if chosen is None else chosen
+    sample = {}
+    for key, feature in resized_features(source.meta, source.settings["image_size"]).items():
+        steps = (len(deltas[key]),) if key in deltas else ()
+        if steps:
+            sample[f"{key}_is_pad"] = np.zeros((1, *steps), np.bool_)
+        if key in cameras:
+            sample[key] = np.zeros((1, *steps, *image_shape(feature)), np.uint8)
+        elif key not in source.meta.camera_keys:
+            sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
+    sample |= {key: column[:1] for key, column in source.settings["added_columns"].items()}
+    return {key: value for key, value in sample.items() if key in keys}
 
 
 def training_samples(

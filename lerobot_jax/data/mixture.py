@@ -18,6 +18,8 @@ from lerobot_jax.features import TASK, FeatureType, PolicyFeature
 
 BLOCK = 10_000
 DATASET_INDEX = "dataset_index"  # LeRobot's name
+NEUTRAL = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+NEUTRAL |= {"q01": -1.0, "q10": -1.0, "q50": 0.0, "q90": 1.0, "q99": 1.0}
 FIRST_BLOCK = 2**62  # the random numbers of blocks are none that `Shuffle` uses for epochs
 
 
@@ -132,6 +134,11 @@ class MixedSamples:
         return batch
 
 
+def neutral_statistics(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Give statistics with which every normalization leaves numbers as they are."""
+    return {name: np.full(shape, value) for name, value in NEUTRAL.items()}
+
+
 def pad_statistics(
     stats: Mapping[str, Mapping[str, np.ndarray]], features: Mapping[str, PolicyFeature]
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -141,17 +148,14 @@ def pad_statistics(
         stats: feature -> its statistics, under the policy's names.
         features: the policy's inputs and outputs.
     """
-    neutral = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
-    neutral |= {"q01": -1.0, "q10": -1.0, "q50": 0.0, "q90": 1.0, "q99": 1.0}
     result = {key: dict(values) for key, values in stats.items()}
     for key, feature in features.items():
         if feature.type == FeatureType.VISUAL:
             channels = feature.shape[0]
-            missing = {name: np.full((channels, 1, 1), value) for name, value in neutral.items()}
-            result[key] = missing | result.get(key, {})
+            result[key] = neutral_statistics((channels, 1, 1)) | result.get(key, {})
             continue
         for name, value in result.get(key, {}).items():
-            if name in neutral and value.shape[-1] < feature.shape[-1]:
+            if name in NEUTRAL and value.shape[-1] < feature.shape[-1]:
                 widths = [(0, 0)] * (value.ndim - 1) + [(0, feature.shape[-1] - value.shape[-1])]
-                result[key][name] = np.pad(value, widths, constant_values=neutral[name])
+                result[key][name] = np.pad(value, widths, constant_values=NEUTRAL[name])
     return result

@@ -51,7 +51,7 @@ class Table:
 def bytes_per_frame(features: Mapping[str, Mapping[str, Any]]) -> int:
     """Tell how many bytes of host memory the numbers of a frame take."""
     return sum(
-        math.prod(feature["shape"]) * np.dtype(_dtype(feature)).itemsize
+        math.prod(feature["shape"]) * np.dtype(row_dtype(feature)).itemsize
         for feature in _numeric(features).values()
     )
 
@@ -84,9 +84,9 @@ def read_table(
     files = sorted(expected)
     total = int(np.sum(meta.episodes["length"][np.asarray(chosen)]))
     types = {
-        key: _stored_dtype(feature) if as_stored else _dtype(feature) for key, feature in features.items()
+        key: _stored_dtype(feature) if as_stored else row_dtype(feature) for key, feature in features.items()
     }
-    columns = {key: np.empty((total, *_row_shape(features[key])), types[key]) for key in features}
+    columns = {key: np.empty((total, *row_shape(features[key])), types[key]) for key in features}
     file_of_row, place_of_row = np.empty(total, np.int32), np.empty(total, np.int64)
     end = 0
     with (
@@ -116,12 +116,12 @@ def _stored_dtype(feature: Mapping[str, Any]) -> np.dtype:
     return np.dtype(object if feature["dtype"] == "string" else feature["dtype"])
 
 
-def _dtype(feature: Mapping[str, Any]) -> np.dtype:
+def row_dtype(feature: Mapping[str, Any]) -> np.dtype:
     stored = _stored_dtype(feature)
     return np.dtype(KINDS.get(stored.kind, object))
 
 
-def _row_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
+def row_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
     return () if tuple(feature["shape"]) == (1,) else tuple(feature["shape"])
 
 
@@ -229,9 +229,9 @@ def _to_numpy(path: Path, key: str, feature: Mapping[str, Any], column: pa.Chunk
         raise InputError(f"{path}: '{key}' has empty cells")
     if feature["dtype"] == "string":
         return np.array(column.to_pylist(), dtype=object)
-    shape = _row_shape(feature)
+    shape = row_shape(feature)
     flat = _flat_numbers(column.combine_chunks(), shape)
-    if flat is None or KINDS.get(flat.dtype.kind) != _dtype(feature):
+    if flat is None or KINDS.get(flat.dtype.kind) != row_dtype(feature):
         raise InputError(
             f"{path}: '{key}' does not hold {feature['shape']} {feature['dtype']} values a row, as info.json says"
         )

@@ -46,6 +46,17 @@ def pusht_features(keypoints: bool) -> dict[str, dict[str, Any]]:
     }
 
 
+def builtin_features(repo_id: str) -> dict[str, dict[str, Any]]:
+    """Give the features of a built-in dataset.
+
+    Raises:
+        InputError: for a name that is not built in.
+    """
+    if repo_id not in BUILTIN:
+        raise InputError(f"dataset '{repo_id}': no such built-in dataset; there are {', '.join(BUILTIN)}")
+    return pusht_features(BUILTIN[repo_id])
+
+
 def create_pusht_dataset(repo_id: str, root: Path, keypoints: bool) -> DatasetWriter:
     """Start a Push-T dataset."""
     return DatasetWriter(repo_id, root, FPS, pusht_features(keypoints), robot_type="2d pointer")
@@ -93,8 +104,7 @@ def make_builtin_dataset(repo_id: str) -> None:
     Raises:
         InputError: for a name that is not built in, or if another dataset is in its place.
     """
-    if repo_id not in BUILTIN:
-        raise InputError(f"dataset '{repo_id}': no such built-in dataset; there are {', '.join(BUILTIN)}")
+    builtin_features(repo_id)
     root = hub.lerobot_home() / repo_id
     source = hashlib.sha256(DEMONSTRATIONS.read_bytes()).hexdigest()
     stamp = root / SOURCE_NAME

@@ -1,0 +1,83 @@
+"""The policy and the batches of a run, from what its datasets say of themselves; no frame is read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from lerobot_jax import hub, training_data
+from lerobot_jax.config import SourceConfig, TrainConfig
+from lerobot_jax.data.info import DEFAULT_FEATURES
+from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.streaming import open_stream
+from lerobot_jax.errors import InputError
+from lerobot_jax.features import FeatureType, PolicyFeature
+from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.training_data import Source
+
+FPS = 10  # of datasets that cannot be reached: it changes no shape
+FRAMES = 10_000
+
+
+def describe_run(config: TrainConfig) -> tuple[list[Source], list[FunctionalPolicy]]:
+    """Give a run's datasets and policies, without data and weights.
+
+    Raises:
+        InputError: when a dataset cannot be reached and the policy does not say either what it takes.
+    """
+    sources = training_data.describe_sources(config, lambda source: _find(config, source))
+    return sources, training_data.build_policies(config, sources)
+
+
+def batch_shapes(
+    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, sharding: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Give the shapes of a batch, and where it lies."""
+    shapes = training_data.batch_shapes(config, sources, policy)
+    return {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
+
+
+def _find(config: TrainConfig, source: SourceConfig) -> LeRobotDatasetMetadata:
+    """Find a dataset's metadata; make it up from the policy's features if there is none."""
+    is_builtin = source.root is None and source.repo_id.startswith("builtin/")
+    if is_builtin and not (hub.lerobot_home() / source.repo_id).exists():
+        from lerobot_jax.envs.demonstrations import builtin_features
+
+        return _made_up(source.repo_id, builtin_features(source.repo_id))
+    try:
+        if "://" in (source.root or ""):
+            return open_stream(source.repo_id, source.root, source.revision).meta
+        return LeRobotDatasetMetadata.find(source.repo_id, source.root, source.revision)
+    except InputError as error:
+        policy = config.policy
+        if not policy.input_features or not policy.output_features:
+            raise InputError(
+                f"{error}; or, to plan without it, name what the policy takes and gives: policy.input_features and "
+                "policy.output_features"
+            ) from None
+        logging.warning("planning from the policy's own features, since %s", error)
+        original = {new: old for old, new in source.rename_map.items()}
+        features = {**policy.input_features, **policy.output_features}
+        return _made_up(
+            source.repo_id, {original.get(key, key): _of_dataset(f) for key, f in features.items()}
+        )
+
+
+def _of_dataset(feature: PolicyFeature) -> dict[str, Any]:
+    """Write a policy's feature as a dataset has it."""
+    if feature.type != FeatureType.VISUAL:
+        return {"dtype": "float32", "shape": feature.shape, "names": None}
+    channels, height, width = feature.shape
+    names = ["height", "width", "channels"]
+    return {"dtype": "video", "shape": (height, width, channels), "names": names}
+
+
+def _made_up(repo_id: str, features: dict[str, dict[str, Any]]) -> LeRobotDatasetMetadata:
+    """Give the metadata of a dataset of one long episode."""
+    features = {**features, **DEFAULT_FEATURES}
+    info = {"fps": FPS, "features": features, "total_episodes": 1, "total_frames": FRAMES}
+    episodes = {"length": np.array([FRAMES]), "tasks": [["do it"]]}
+    return LeRobotDatasetMetadata(repo_id, Path(repo_id), None, info, {}, ["do it"], episodes)
