@@ -17,12 +17,12 @@ import sys
 
 import numpy as np
 from act_state import make_program, make_steps, place_batch
-from lerobot_jax.planning.collectives import find_collectives
-from lerobot_jax.planning.hlo import Module
 from turns import Program, serve, take_turns
 
 from lerobot_jax import distributed
 from lerobot_jax import program as train_program
+from lerobot_jax.planning.collectives import find_collectives
+from lerobot_jax.planning.hlo import Module
 from lerobot_jax.sharding import MeshConfig
 
 DEVICES = (1, 2, 4, 8)
@@ -91,7 +91,7 @@ def _sent(axis: str, num_devices: int) -> float:
 def _print_traffic(axis: str, batch_size: int) -> None:
     program = _make_program(axis, batch_size)
     compiled = program.trace_step(place_batch(program)).lower().compile()
-    found = find_collectives(Module.parse(compiled.as_text()), dict(program.layout.mesh.shape))
+    found = find_collectives(Module(compiled.as_text()), dict(program.layout.mesh.shape))
     print(sum(each.sent * each.times for each in found))
 
 

@@ -34,6 +34,7 @@ from lerobot_jax.files import write_json
 from lerobot_jax.layer_decay import describe_layers
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
+from lerobot_jax.planning.memory import present_limit, step_memory
 from lerobot_jax.program import Program
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.push_to_hub import check_before_training, push_to_hub
@@ -120,6 +121,8 @@ def main(argv: Sequence[str]) -> None:
     batch = next(batches)
     with compiling("the train step"):
         train_step = program.trace_step(batch).lower().compile()
+    memory = step_memory(train_step, state, batch, jax.default_backend(), present_limit())
+    logging.info("memory of a device: %s", memory.describe())
     eval_loss = program.eval_loss()
     runner = policy.make_runner(config.eval.num_envs, config.seed)
     if config.env.type and config.env_eval_freq:
