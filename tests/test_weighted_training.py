@@ -178,7 +178,7 @@ def test_in_a_mixture_the_loss_of_a_dataset_is_weighted_too(arguments: list[str]
 
 
 # What PyTorch computes by LeRobot's formula for the losses 1, 2, 4, 8
-MEANS = {
+MEANS: dict[tuple[float, ...], tuple[str, float, float]] = {
     (0.64499563, 0.343403488, 0.0, 1.0): ("rabc", 1e-6, 4.693121910095215),
     (0.5, 0.25, 0.0, 1.0): ("rabc", 0.1, 5.142856121063232),
     (1e-4, 0.0, 0.0, 2e-4): ("rabc", 1e-3, 5.666660785675049),

@@ -106,7 +106,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     # As much padding in each: then the mean of the losses of single samples is the loss of the batch.
     batch["action_is_pad"] = np.tile(np.arange(ACT.chunk_size) == ACT.chunk_size - 1, (BATCH, 1))
     noise = jax.random.normal(jax.random.split(jax.random.key(7))[0], (BATCH, ACT.latent_dim))
-    np.savez(folder / "batch.npz", noise=noise, **batch)
+    np.savez(folder / "batch.npz", allow_pickle=False, **batch | {"noise": np.asarray(noise)})
     run_command(lerobot_python(), Path(__file__).with_name("sample_weights_peer.py"), folder, folder=folder)
     with np.load(folder / "out.npz") as file:
         return Scene(dataset, settings, policy, batch, np.asarray(noise), dict(file))
