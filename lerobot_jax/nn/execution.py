@@ -79,6 +79,8 @@ class Execution:
         if num_tensor > 1 and hint is not None and _has_axis(shape, hint.axis, num_tensor):
             axes[hint.axis] = "tensor"
         free = [i for i, length in enumerate(shape) if axes[i] is None and length % num_fsdp == 0]
+        # Not the last axis if there is another: parts of it are not what TPUs add up and pass on (reduce-scatter).
+        free = [i for i in free if i < len(shape) - 1] or free
         if num_fsdp > 1 and free:
             axes[max(free, key=lambda i: shape[i])] = "fsdp"
         return PartitionSpec(*axes)

@@ -24,8 +24,10 @@ BATCH = 16
 def compiled(request) -> tuple[Program, jax.stages.Compiled]:
     """The step of a small policy with stacks of layers, in bfloat16 on four chips that share one state."""
     pytest.importorskip("libtpu")
-    policy_config = dataclasses.replace(get_config("tiny").policy, widths=(256, 128), mlps=(512, 256))
-    mesh_config = MeshConfig(fsdp=4, min_shard_size=2**12)
+    policy_config = dataclasses.replace(
+        get_config("tiny").policy, widths=(256, 128), mlps=(512, 256), head_dim=128
+    )
+    mesh_config = MeshConfig(fsdp=4, min_shard_size=2**14)
     config = dataclasses.replace(get_config("tiny"), batch_size=BATCH, mesh=mesh_config, policy=policy_config)
     features = {**policy_config.input_features, **policy_config.output_features}
     stats = {
