@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lerobot_jax import distributed, sharding
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint import (
     CHECKPOINTS,
@@ -61,21 +62,19 @@ class CheckpointWriter:
         """Start saving the state after `step` updates. Waits for, and reports a failure of, the save before."""
         self.wait()
         name = f"{step:06d}"
-        if (self._folder / name).exists():
-            self._publish(name, is_best)
-            return
         partial = self._folder / f".partial-{name}"
-        remove(partial)
         weights = weights_of(state)
         try:
-            self._check_space(partial, state, weights)
+            is_new = distributed.from_first(distributed.is_first() and self._begin(name, state, weights))
+            if not is_new:
+                self._publish(name, is_best)
+                return
             self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))
         except OSError as error:
-            remove(partial)
+            self._remove(partial)
             raise InputError(self._failure(name, error)) from None
         certified = self._certifier.act(**weights)
-        # Copied, not viewed: the next step reuses the memory of these arrays.
-        weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
+        weights = sharding.to_host(weights)
         self._thread = threading.Thread(
             target=self._finish, args=(partial, name, weights, certified, is_best)
         )
@@ -93,21 +92,23 @@ class CheckpointWriter:
     def _finish(self, partial: Path, name: str, weights: Tree, certified: Tree, is_best: bool) -> None:
         try:
             try:
-                model = partial / PRETRAINED_MODEL
-                self._policy.replace(**weights).save_pretrained(model, certified)
-                for dataset, variant in self._variants.items():
-                    variant.save_processors(model / DATASETS / dataset)
-                write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
+                if distributed.is_first():
+                    self._write_model(partial / PRETRAINED_MODEL, weights, certified)
             finally:
                 self._orbax.wait_until_finished()
-            _sync(partial)
-            partial.rename(self._folder / name)
+            self._raise_any(None)
+            if distributed.is_first():
+                _sync(partial)
+                partial.rename(self._folder / name)
             self._publish(name, is_best)
+            self._raise_any(None)
         except Exception as error:  # reported by the next wait()
             self._error = InputError(self._failure(name, error))
-            remove(partial)
+            self._remove(partial)
 
     def _publish(self, name: str, is_best: bool) -> None:
+        if not distributed.is_first():
+            return
         for link in ["last"] + ["best"] * is_best:
             temporary = self._folder / f".{link}"
             temporary.unlink(missing_ok=True)
@@ -117,7 +118,7 @@ class CheckpointWriter:
 
     def remove_old(self) -> None:
         """Remove checkpoints that are neither among the last ones, nor the best, nor what all seeds go on from."""
-        if self._config.keep_last == 0:
+        if self._config.keep_last == 0 or not distributed.is_first():
             return
         best = self._folder / "best"
         kept = {f"{step:06d}" for step in common_steps(self._together)[-1:]}

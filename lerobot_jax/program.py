@@ -76,6 +76,11 @@ class Program:
         )
 
     @property
+    def batch_placement(self) -> sharding.BatchPlacement:
+        """Where batches lie on the devices, and what this process reads of each forward pass's samples."""
+        return sharding.BatchPlacement.of(self.batch_sharding, self.config.batch_size)
+
+    @property
     def samples_per_step(self) -> int:
         """How many samples of each seed an update takes."""
         return self.config.batch_size * self.config.gradient_accumulation_steps
