@@ -70,6 +70,8 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+# What each process of a run may have its own of.
+FREE_FOR_EACH_PROCESS = ("distributed", "root", "num_workers", "prefetch_factor")
 VISIBLE_WITHIN = 30.0  # seconds in which a shared file system shows a new file on all machines
 # What runs had that began before there was such a setting.
 _NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
@@ -190,6 +192,14 @@ def saved_steps(run_dir: Path) -> list[int]:
 def common_steps(runs: Iterable[TrainConfig]) -> list[int]:
     """List the steps of which all runs have a checkpoint, in order."""
     return sorted(set.intersection(*(set(saved_steps(run.run_dir)) for run in runs)))
+
+
+def how_to_go_on(config: TrainConfig) -> str:
+    """Say where a run that lost a process can be continued."""
+    steps = common_steps(config.runs)
+    if not steps:
+        return "there is no checkpoint yet; start all processes again"
+    return f"the last good checkpoint is step {steps[-1]}; start all processes again with --config.resume=True"
 
 
 def find_pretrained_model(folder: Path, step: int | None = None) -> Path:

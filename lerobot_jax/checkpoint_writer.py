@@ -3,12 +3,11 @@
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from lerobot_jax import distributed, sharding
@@ -33,7 +32,11 @@ Tree = dict[str, Any]
 
 
 class CheckpointWriter:
-    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
+    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host.
+
+    Of several processes, each writes its part of the train state, process 0 also the policy. Only when all have
+    written theirs does process 0 give the checkpoint its name; if one fails, all report it.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class CheckpointWriter:
         self._variants, self._together = dict(variants or {}), together or [config]
         self._folder = config.run_dir.resolve() / CHECKPOINTS
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._channel = distributed.Channel(distributed.group, f"save/{config.seed}")  # that of `_thread`
         self._thread: threading.Thread | None = None
         self._error: InputError | None = None
 
@@ -67,12 +71,13 @@ class CheckpointWriter:
         try:
             is_new = distributed.from_first(distributed.is_first() and self._begin(name, state, weights))
             if not is_new:
-                self._publish(name, is_best)
+                if distributed.is_first():
+                    self._publish(name, is_best)
                 return
             self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))
         except OSError as error:
-            self._remove(partial)
-            raise InputError(self._failure(name, error)) from None
+            remove(partial)
+            raise InputError(self._failure(name, str(error))) from None
         certified = self._certifier.act(**weights)
         weights = sharding.to_host(weights)
         self._thread = threading.Thread(
@@ -89,26 +94,54 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def _begin(self, name: str, state: Tree, weights: Tree) -> bool:
+        """Make a place for a checkpoint; tell whether there was none of this name."""
+        if (self._folder / name).exists():
+            return False
+        partial = self._folder / f".partial-{name}"
+        remove(partial)
+        self._check_space(state, weights)
+        partial.mkdir()
+        return True
+
     def _finish(self, partial: Path, name: str, weights: Tree, certified: Tree, is_best: bool) -> None:
-        try:
+        def write() -> None:
             try:
                 if distributed.is_first():
                     self._write_model(partial / PRETRAINED_MODEL, weights, certified)
             finally:
                 self._orbax.wait_until_finished()
-            self._raise_any(None)
+
+        def publish() -> None:
             if distributed.is_first():
                 _sync(partial)
                 partial.rename(self._folder / name)
-            self._publish(name, is_best)
-            self._raise_any(None)
-        except Exception as error:  # reported by the next wait()
+                self._publish(name, is_best)
+
+        error = self._failure_of_any(write) or self._failure_of_any(publish)
+        if error is not None:  # reported by the next wait()
             self._error = InputError(self._failure(name, error))
-            self._remove(partial)
+            if distributed.is_first():
+                remove(partial)
+
+    def _failure_of_any(self, work: Callable[[], None]) -> str | None:
+        """Do this process's part, and wait for those of the others; give the error that one of them met."""
+        error = None
+        try:
+            work()
+        except Exception as caught:
+            error = str(caught) or repr(caught)
+        found = enumerate(self._channel.gather(error))
+        errors = [text if i == 0 else f"process {i}: {text}" for i, text in found if text is not None]
+        return errors[0] if errors else None
+
+    def _write_model(self, folder: Path, weights: Tree, certified: Tree) -> None:
+        self._policy.replace(**weights).save_pretrained(folder, certified)
+        for dataset, variant in self._variants.items():
+            variant.save_processors(folder / DATASETS / dataset)
+        write_json(self._config.to_dict(), folder / TRAIN_CONFIG_NAME, indent=2)
 
     def _publish(self, name: str, is_best: bool) -> None:
-        if not distributed.is_first():
-            return
         for link in ["last"] + ["best"] * is_best:
             temporary = self._folder / f".{link}"
             temporary.unlink(missing_ok=True)
@@ -131,13 +164,13 @@ class CheckpointWriter:
                 old.rename(doomed)  # first out of sight, so that no half of it is ever seen
                 remove(doomed)
 
-    def _check_space(self, partial: Path, *trees: Tree) -> None:
+    def _check_space(self, *trees: Tree) -> None:
         needed = sum(leaf.nbytes for tree in trees for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise OSError(f"No space left on device: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
-    def _failure(self, name: str, error: Exception) -> str:
+    def _failure(self, name: str, error: str) -> str:
         steps = saved_steps(self._config.run_dir)
         last = f"the last good one is {steps[-1]:06d}" if steps else "there is none yet"
         return (

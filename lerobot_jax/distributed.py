@@ -35,7 +35,12 @@ START_TIMEOUT = 300  # seconds in which all processes must have come
 SILENCE = 10.0  # seconds without news after which a process counts as gone, once there is an error
 LINGER = 3.0  # seconds that process 0, which the others hear through, lets them read why it ends
 _NEWS, _BEAT, _END = "lerobot_jax/news/", "lerobot_jax/news/beat/", "lerobot_jax/news/end"
-_CLUSTERS = ("slurm", "ompi", "gcetpu", "gketpu")  # what JAX finds by itself, without asking a network in vain
+_CLUSTERS = (
+    "slurm",
+    "ompi",
+    "gcetpu",
+    "gketpu",
+)  # what JAX finds by itself, without asking a network in vain
 
 
 class Address(NamedTuple):
@@ -53,12 +58,11 @@ class Group:
     Attributes:
         index: which of them this is.
         num: how many there are.
-        advice: what to do when one is gone; tells the last checkpoint.
+        advice: says what to do when one is gone.
     """
 
-    def __init__(self, index: int, num: int):
-        self.index, self.num = index, num
-        self.advice: Callable[[], str] = lambda: "start all processes again"
+    def __init__(self, index: int, num: int, advice: Callable[[], str]):
+        self.index, self.num, self.advice = index, num, advice
         self.agreed = Channel(self, "main")
         self.client: Any = distributed.global_state.client
         now = time.monotonic()
@@ -107,7 +111,9 @@ class Group:
 
     def gone_message(self, gone: list[int]) -> str:
         """Say which processes are gone, and what to do."""
-        which = f"process {gone[0]} of {self.num} is" if len(gone) == 1 else f"processes {gone} of {self.num} are"
+        which = (
+            f"process {gone[0]} of {self.num} is" if len(gone) == 1 else f"processes {gone} of {self.num} are"
+        )
         return f"{which} gone (processes count from 0); {self.advice()}"
 
     def _watch(self) -> None:
@@ -147,40 +153,45 @@ class Group:
 class Channel:
     """Values that all processes give and get, in the same order. Threads need channels of their own."""
 
-    def __init__(self, group: Group, name: str):
+    def __init__(self, group: Group | None, name: str):
         self._group, self._prefix, self._round = group, f"lerobot_jax/{name}/", 0
 
     def gather(self, value: Any) -> list[Any]:
         """Give a value; wait for those of all processes and return them in the processes' order."""
-        group, client = self._group, self._group.client
+        group = self._group
+        if group is None:
+            return [value]
+        client = group.client
         here, self._round = f"{self._prefix}{self._round}/", self._round + 1
         client.key_value_set_bytes(f"{here}{group.index}", pickle.dumps(value))
         if group.index > 0:
-            return pickle.loads(self._wait_for(f"{here}all"))
-        values = [pickle.loads(self._wait_for(f"{here}{i}")) for i in range(group.num)]
+            return pickle.loads(_wait_for(client, f"{here}all"))
+        values = [pickle.loads(_wait_for(client, f"{here}{i}")) for i in range(group.num)]
         client.key_value_set_bytes(f"{here}all", pickle.dumps(values))
         if self._round > 2:  # all have read those: they have given values since
             client.key_value_delete(f"{self._prefix}{self._round - 3}/")
         return values
 
-    def _wait_for(self, key: str) -> bytes:
-        while True:  # without end, but by the second: signals are heard in between
-            try:
-                return self._group.client.blocking_key_value_get_bytes(key, 1000)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+
+def _wait_for(client: Any, key: str) -> bytes:
+    while True:  # without end, but by the second: signals are heard in between
+        try:
+            return client.blocking_key_value_get_bytes(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 group: Group | None = None
 
 
-def start(setting: str) -> None:
+def start(setting: str, advice: Callable[[], str]) -> None:
     """Join the other processes of the run, if there are any; before JAX touches a device.
 
     Args:
         setting: "auto" finds them in the environment; "off" is one process in any case;
             "HOST:PORT,PROCESSES,INDEX" names the address of process 0, how many there are, and which this is.
+        advice: says what to do when a process is gone.
 
     Raises:
         InputError: when the setting or the environment is wrong, or not all processes come.
@@ -201,7 +212,7 @@ def start(setting: str) -> None:
             f"{' '.join(str(error).split())[:300]}"
         ) from None
     state = distributed.global_state
-    group = Group(state.process_id, state.num_processes)
+    group = Group(state.process_id, state.num_processes, advice)
     if group.index > 0:
         only_warnings_of(group.index)
 
@@ -224,7 +235,9 @@ def find_address(setting: str) -> Address | None:
     if any(given[1:]):
         if not all(given):
             missing = [name for name, value in zip(names, given, strict=True) if not value]
-            raise InputError(f"distributed: {' and '.join(missing)} must be set too, as in {', '.join(names)}")
+            raise InputError(
+                f"distributed: {' and '.join(missing)} must be set too, as in {', '.join(names)}"
+            )
         address, num, index = given
         if not (str(num).isdigit() and str(index).isdigit()):
             raise InputError(f"JAX_NUM_PROCESSES={num} and JAX_PROCESS_ID={index} must be whole numbers")
@@ -268,11 +281,11 @@ def check_same(settings: dict[str, Any], free: tuple[str, ...]) -> None:
 
     Args:
         settings: the run's, nested.
-        free: dotted names of those that may differ.
+        free: names, without what they are nested in, of those that may differ.
     """
     if group is None:
         return
-    own = {name: value for name, value in _flat(settings) if name not in free}
+    own = {name: value for name, value in _flat(settings) if name.rpartition(".")[2] not in free}
     for i, other in enumerate(group.agreed.gather(own)):
         different = sorted(name for name in own | other if own.get(name) != other.get(name))
         if different:
@@ -283,12 +296,14 @@ def check_same(settings: dict[str, Any], free: tuple[str, ...]) -> None:
             )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in settings.items():
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, str(value)
+            yield f"{prefix}{name}", str(value)
 
 
 @contextlib.contextmanager

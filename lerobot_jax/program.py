@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lerobot_jax import optim, sharding, trainable
+from lerobot_jax import distributed, optim, sharding, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
@@ -158,6 +158,10 @@ def _shapes(batch: Tree) -> Tree:
 
 
 def _check_mesh(config: TrainConfig, policy: FunctionalPolicy, mesh: Mesh) -> None:
+    if config.num_seeds > 1 and distributed.group is not None:
+        raise InputError(
+            f"num_seeds={config.num_seeds} works with one process only; start a run for each seed instead"
+        )
     if config.num_seeds > 1 and (mesh.shape["fsdp"], mesh.shape["tensor"]) != (1, 1):
         raise InputError(
             f"num_seeds={config.num_seeds} works with mesh.fsdp=1 and mesh.tensor=1 only: several seeds are split "

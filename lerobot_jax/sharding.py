@@ -124,6 +124,10 @@ class BatchPlacement:
             wanted[part] = True
         return cls(sharding, size, np.flatnonzero(wanted))
 
+    def rows_of_step(self, num: int) -> np.ndarray:
+        """Give the rows to read of so many batches that follow one another."""
+        return np.concatenate([i * self.size + self.rows for i in range(num)])
+
     def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Make arrays of the whole batch on the devices, of what this process has of it, or of such arrays."""
         if jax.process_count() == 1:
@@ -178,6 +182,11 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def local_copy(tree: Any) -> Any:
+    """Give arrays that process 0 can use by itself; the others get None and wait for nothing else."""
+    return tree if jax.process_count() == 1 else to_host(tree)
 
 
 def to_host(tree: Any) -> Any:

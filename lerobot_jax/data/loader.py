@@ -63,9 +63,7 @@ def validation_batches(
         yield placement, dataset.read(some[placement.rows], keys)
 
 
-def prefetch_to_device(
-    batches: Iterator[Batch], placement: BatchPlacement, size: int = 2
-) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterator[Batch], placement: BatchPlacement, size: int = 2) -> Iterator[Batch]:
     """Start copying `size` batches to the devices before they are asked for."""
     queue: deque[Batch] = deque()
     for batch in batches:
