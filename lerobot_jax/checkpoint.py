@@ -199,7 +199,9 @@ def how_to_go_on(config: TrainConfig) -> str:
     steps = common_steps(config.runs)
     if not steps:
         return "there is no checkpoint yet; start all processes again"
-    return f"the last good checkpoint is step {steps[-1]}; start all processes again with --config.resume=True"
+    return (
+        f"the last good checkpoint is step {steps[-1]}; start all processes again with --config.resume=True"
+    )
 
 
 def find_pretrained_model(folder: Path, step: int | None = None) -> Path:
