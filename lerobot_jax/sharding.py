@@ -120,8 +120,8 @@ class BatchPlacement:
             return cls(sharding, size, np.arange(size))
         samples = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[-1:]))
         wanted = np.zeros(size, bool)
-        for (part,) in samples.addressable_devices_indices_map((size,)).values():
-            wanted[part] = True
+        for index in samples.addressable_devices_indices_map((size,)).values():
+            wanted[index] = True
         return cls(sharding, size, np.flatnonzero(wanted))
 
     def rows_of_step(self, num: int) -> np.ndarray:
@@ -139,7 +139,7 @@ class BatchPlacement:
             return jax.device_put(value, self.sharding)
         axis = max(len(self.sharding.spec) - 1, 0)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[axis].indices(self.size)
             first = np.searchsorted(self.rows, start)
             return value[(*index[:axis], slice(first, first + stop - start))]
@@ -198,6 +198,7 @@ def to_host(tree: Any) -> Any:
     def copy(array: jax.Array) -> np.ndarray | None:
         if not (array.is_fully_addressable or array.is_fully_replicated):
             assert isinstance(array.sharding, NamedSharding)
+            assert isinstance(array.sharding.mesh, Mesh)
             array = jax.device_put(array, replicated(array.sharding.mesh))
             array.block_until_ready()
         # Copied, not viewed: the memory of the array may be used again.
