@@ -19,6 +19,8 @@ import tyro
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import Remat
+from lerobot_jax.optim_config import EMAConfig, OptimizerConfig, SchedulerConfig, SWAConfig
+from lerobot_jax.peft_targets import PeftConfig
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
@@ -176,71 +178,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer; what is None follows the policy's preset in LeRobot."""
-
-    type: Literal["adamw", "adam", "sgd"] | None = None
-    """adamw, adam or sgd, with PyTorch's arithmetic."""
-    lr: float | None = None
-    """Learning rate."""
-    betas: tuple[float, float] | None = None
-    """Decay rates of Adam's moments."""
-    eps: float | None = None
-    """Adam's epsilon."""
-    weight_decay: float | None = None
-    """Weight decay."""
-    momentum: float | None = None
-    """SGD's momentum."""
-    grad_clip_norm: float | None = None
-    """Gradients with a larger global norm are scaled down to it; 0: never."""
-
-    def __post_init__(self):
-        for name in ("lr", "eps", "weight_decay", "momentum", "grad_clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"optimizer.{name} must be finite and not negative, it is {value}")
-        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must be in [0, 1), not {self.betas}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """How the learning rate changes; None follows the policy's preset in LeRobot."""
-
-    type: (
-        Literal[
-            "constant",
-            "constant_with_warmup",
-            "cosine",
-            "cosine_annealing_with_warmup",
-            "cosine_decay_with_warmup",
-            "vqbet",
-        ]
-        | None
-    ) = None
-    """LeRobot's schedules; `cosine` is diffusers'; `constant` is none; `vqbet` waits for the codes."""
-    num_warmup_steps: int | None = None
-    """Steps over which the learning rate rises."""
-    num_decay_steps: int | None = None
-    """cosine_decay_with_warmup: steps until decay_lr; scaled down with shorter runs."""
-    peak_lr: float | None = None
-    """cosine_decay_with_warmup: the rate that decay_lr is relative to."""
-    decay_lr: float | None = None
-    """cosine_decay_with_warmup: the final learning rate."""
-    num_vqvae_training_steps: int | None = None
-    """vqbet: steps before warm-up, at the full rate."""
-    num_cycles: float | None = None
-    """vqbet: how many waves of the cosine; 0.5, the default, falls to 0."""
-
-    def __post_init__(self):
-        names = ("num_warmup_steps", "num_decay_steps", "peak_lr", "decay_lr", "num_vqvae_training_steps")
-        for name in (*names, "num_cycles"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"scheduler.{name} must not be negative, it is {value}")
-
-
-@dataclasses.dataclass(frozen=True)
 class WandBConfig:
     """Logging to Weights & Biases (needs the extra `wandb`)."""
 
@@ -264,8 +201,8 @@ class TrainConfig:
     dataset: DatasetConfig = DatasetConfig()
     env: EnvConfig = EnvConfig()
     eval: EvalConfig = EvalConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
     wandb: WandBConfig = WandBConfig()
     job_name: str | None = None
     """Name of the run; None: from the environment and the policy."""
@@ -284,6 +221,8 @@ class TrainConfig:
     """Samples a forward pass, over all devices."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer update; their gradients are averaged."""
+    peft: PeftConfig | None = None
+    """Fine-tune with adapters (LoRA): any of its settings turns it on."""
     freeze: tuple[str, ...] = ()
     """Regular expressions for the beginnings of dotted names of parameters that are not trained."""
     distributed: str = "auto"
@@ -297,6 +236,10 @@ class TrainConfig:
     but the inputs of each block of layers. None: full in deep stacks, none elsewhere."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate and export that; e.g. 0.999."""
+    ema: EMAConfig = dataclasses.field(default_factory=EMAConfig)
+    """How that average follows the weights."""
+    swa: SWAConfig = dataclasses.field(default_factory=SWAConfig)
+    """Or keep the equal average of the weights of some steps, and evaluate and export that."""
     num_workers: int = 2
     """Threads that prepare batches."""
     prefetch_factor: int = 4
@@ -344,6 +287,16 @@ class TrainConfig:
                 raise ValueError(f"{name} works with one seed only; num_seeds is {self.num_seeds}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
+        if self.ema_decay is None and self.ema != EMAConfig():
+            raise ValueError("ema needs ema_decay, which turns it on; e.g. 0.999")
+        if (self.ema.min_decay or 0.0) > (self.ema_decay or 1.0):
+            raise ValueError(f"ema.min_decay={self.ema.min_decay} is more than ema_decay={self.ema_decay}")
+        if self.swa.start is None and self.swa != SWAConfig():
+            raise ValueError("swa.freq needs swa.start")
+        if self.swa.start is not None and self.ema_decay is not None:
+            raise ValueError("swa.start and ema_decay: there is one average; turn one of them off")
+        if self.swa.start is not None and self.swa.start > self.steps:
+            raise ValueError(f"swa.start={self.swa.start} is after the last step, {self.steps}")
         if self.eval_steps and not self.dataset.eval_split:
             raise ValueError("eval_steps needs held-out episodes: set dataset.eval_split, e.g. to 0.05")
         if self.best_metric == "eval_loss" and not self.eval_steps:
@@ -409,6 +362,8 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         }
         policy = dataclasses.replace(policy, pretrained_path=path, **own)
         config = dataclasses.replace(config, policy=policy)
+    if config.peft is None and any(a.startswith(("--config.peft.", "-h", "--help")) for a in argv):
+        config = dataclasses.replace(config, peft=PeftConfig())
     overrides = list(argv)
     if recipe is not None:
         overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]

@@ -5,6 +5,7 @@
     python -m lerobot_jax.convert verify POLICY --lerobot_python=PYTHON    run it in stock LeRobot, compare all
     python -m lerobot_jax.convert diff A B                                 compare two policies array by array
     python -m lerobot_jax.convert certify POLICY                           accept what was changed in its folder
+    python -m lerobot_jax.convert average RUN --output_dir=FOLDER          the mean of several checkpoints' weights
 
 Checkpoints of a run hold a `pretrained_model/` that stock LeRobot loads as it is; `to-torch` is for other weights
 (raw instead of EMA), another type of numbers, or a checkpoint without its model.safetensors. Add --help to a
@@ -26,7 +27,7 @@ import numpy as np
 import tyro
 from absl import logging
 
-from lerobot_jax import certificate, state_dict
+from lerobot_jax import certificate, state_dict, torch_state
 from lerobot_jax.certificate import CERTIFICATE_NAME, JSON_FILES, Certifier, setting_changes
 from lerobot_jax.checkpoint import (
     TRAIN_CONFIG_NAME,
@@ -34,6 +35,7 @@ from lerobot_jax.checkpoint import (
     find_pretrained_model,
     load_variant,
     restore_weights,
+    saved_steps,
 )
 from lerobot_jax.compilation import keep_compiled_programs
 from lerobot_jax.config import parse
@@ -58,7 +60,7 @@ class ToTorch:
     output_dir: str = tyro.MISSING
     """The new folder."""
     weights: Literal["ema", "raw"] | None = None
-    """The averaged weights or those of the last step; None: the averaged ones if there are any."""
+    """ema: the averaged weights, also of SWA; raw: those of the last step; None: averaged ones if there are any."""
     dataset: str | None = None
     """For a run on a mixture: the dataset whose robot the policy is for; None: the first one."""
     dtype: Dtype | None = None
@@ -116,6 +118,21 @@ class Certify:
 
     path: Place = tyro.MISSING
     """A run's, a checkpoint's or a policy's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """Write a policy whose weights are the mean of those that a run's checkpoints export.
+
+    Whole numbers, which are counts, are those of the last of these checkpoints.
+    """
+
+    path: Place = tyro.MISSING
+    """A run's folder."""
+    output_dir: str = tyro.MISSING
+    """The new folder."""
+    steps: tuple[int, ...] = ()
+    """The checkpoints; none given: all that are there."""
 
 
 def to_torch(config: ToTorch) -> None:
@@ -199,13 +216,62 @@ def certify(config: Certify) -> None:
     logging.info("certified %s", folder)
 
 
+def average(config: Average) -> None:
+    run = Path(config.path)
+    steps = sorted(set(config.steps)) or saved_steps(run)
+    folders = [
+        find_pretrained_model(run, step) for step in steps or [None]
+    ]  # without any, it says what is wrong
+    if len(folders) < 2:
+        raise InputError(
+            f"{run}: an average needs at least two checkpoints, not only that of step {steps[0]}"
+        )
+    states = [state_dict.read(folder) for folder in folders]
+    for folder, state in zip(folders, states, strict=True):
+        _check_averageable(folders[-1], folder, states[-1], state)
+    policy = base.load_structure(folders[-1])
+    params, buffers = torch_state.from_torch(policy.module, _mean(states))
+    _save(policy.replace(params=params, buffers=buffers), None, Path(config.output_dir), folders[-1])
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "to-torch": (ToTorch, to_torch),
     "from-torch": (FromTorch, from_torch),
     "verify": (Verify, verify),
     "diff": (Diff, diff),
     "certify": (Certify, certify),
+    "average": (Average, average),
 }
+
+
+def _check_averageable(last: Path, folder: Path, reference: StateDict, state: StateDict) -> None:
+    """Raise `InputError` unless a folder has the last one's settings, statistics and forms of arrays."""
+    for name in JSON_FILES:
+        for change in setting_changes(read_json(folder / name), read_json(last / name)):
+            raise InputError(f"{last} and {folder} are different policies: {name}: {change}")
+    a, b = _read_arrays(last), _read_arrays(folder)
+    for key in sorted(a.keys() | b.keys()):
+        is_weight = key in reference or key in state
+        if _form(a, key) != _form(b, key) or not (is_weight or np.array_equal(a[key], b[key])):
+            raise InputError(f"{last} and {folder} are different policies: '{key}' differs")
+
+
+def _mean(states: Sequence[StateDict]) -> StateDict:
+    """Give the mean of the floating-point arrays, each computed when it is asked for; of the others, the last."""
+
+    def mean(key: str) -> np.ndarray:
+        values = [state[key] for state in states]
+        if not jnp.issubdtype(values[-1].dtype, jnp.floating):
+            return values[-1]
+        total = np.zeros(values[-1].shape, np.float64)
+        for value in values:
+            total += value
+        return (total / len(values)).astype(values[-1].dtype)
+
+    tensors = {
+        key: tensor._replace(read=lambda key=key: mean(key)) for key, tensor in states[-1].tensors.items()
+    }
+    return StateDict(tensors, states[-1].metadata, states[-1].source)
 
 
 def _save(policy: FunctionalPolicy, dtype: str | None, output_dir: Path, source: Path) -> None:

@@ -211,6 +211,7 @@ def start(setting: str, advice: Callable[[], str]) -> None:
             f"distributed: the processes did not find each other within {START_TIMEOUT} s: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
+    jax.devices()  # the processes tell one another theirs; all must be there
     state = distributed.global_state
     group = Group(state.process_id, state.num_processes, advice)
     if group.index > 0:

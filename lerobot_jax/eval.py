@@ -318,6 +318,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(config.output_dir or f"outputs/eval/{stamp}_{config.env.type}_{config.policy.type}")
     check_environment(policy.config, config.env)
     runner = policy.make_runner(config.eval.num_envs, config.seed)
+    runner.compile()
     info = evaluate(runner, config.env, config.eval, seed=config.seed, output_dir=folder)
     assert info is not None
     write_json(info, folder / EVAL_INFO_NAME, indent=2)

@@ -277,6 +277,7 @@ def _training(settings: Mapping[str, Any], trained: TrainConfig | None, checkpoi
         "Learning rate": optimizer.get("lr"),
         "Schedule": schedule or "constant",
         "Averaged weights (EMA)": settings.get("ema_decay"),
+        "Averaged weights (SWA), from step": (settings.get("swa") or {}).get("start"),
         "Seed": settings.get("seed"),
     }
     text += _table(("Setting", "Value"), [(k, str(v)) for k, v in known.items() if v is not None])

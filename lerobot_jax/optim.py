@@ -14,27 +14,34 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import torch_state
+from lerobot_jax.adafactor import scale_by_adafactor
+from lerobot_jax.adam import scale_by_adam
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
+from lerobot_jax.layer_decay import layer_factors
 from lerobot_jax.policies.config import group_of
 
 Tree = dict[str, Any]
 Schedule = Callable[[Any], Any]  # step -> factor of the learning rate
 
+_ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "moments_dtype": "float32"}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "grad_clip_norm": 10.0},
-    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 10.0},
+    "adamw": _ADAM | {"weight_decay": 1e-2, "grad_clip_norm": 10.0},
+    "adam": _ADAM | {"weight_decay": 0.0, "grad_clip_norm": 10.0},
     "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "grad_clip_norm": 10.0},
+    "adafactor": {"lr": 1e-2, "beta2_decay": -0.8, "weight_decay": 0.0, "grad_clip_norm": 10.0},
 }
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
     """Combine LeRobot's defaults, the policy's preset and what the config sets, the last one counts."""
     given = {name: value for name, value in vars(config.optimizer).items() if value is not None}
+    given.pop("layer_decay", None)  # not the optimizer's, but of the rates
     preset = dict(config.policy.optimizer_preset)
     kind: str = given.get("type", preset["type"])
     if kind != preset["type"]:  # another optimizer keeps only what every optimizer has
-        preset = {name: preset[name] for name in ("lr", "weight_decay") if name in preset}
+        shared = ("weight_decay",) if kind == "adafactor" else ("lr", "weight_decay")
+        preset = {name: preset[name] for name in shared if name in preset}
     settings = DEFAULTS[kind] | preset | given | {"type": kind}
     unknown = sorted(set(settings) - set(DEFAULTS[kind]) - {"type"})
     if unknown:
@@ -42,39 +49,66 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
-def make_optimizer(config: TrainConfig, params: Tree) -> optax.GradientTransformation:
-    """Build clipping, the optimizer with its parameter groups, and the schedule for parameters of these names."""
+def make_optimizer(
+    config: TrainConfig, params: Tree, all_params: Tree | None = None
+) -> optax.GradientTransformation:
+    """Build clipping, the optimizer with its parameter groups, and the schedule for parameters of these names.
+
+    Args:
+        config: the run's.
+        params: what is trained, as arrays or shapes.
+        all_params: all parameters of the policy, if others are frozen: they count for `optimizer.layer_decay`.
+    """
     settings, names = optimizer_settings(config), torch_state.dotted_names(params)
     groups = jax.tree.map(lambda name: group_of(name, config.policy.param_groups), names)
     is_group = lambda node: hasattr(node, "pattern")  # noqa: E731
 
-    def per_leaf(name: str) -> Tree:
-        """Give a tree with each parameter's own value of a setting."""
+    def per_leaf(name: str, unit: float = 1.0) -> Tree:
+        """Give a tree with each parameter's own value of a setting; those of groups are in units."""
         default = settings[name]
         return jax.tree.map(
-            lambda group: default if getattr(group, name) is None else getattr(group, name),
+            lambda group: default if getattr(group, name) is None else getattr(group, name) * unit,
             groups,
             is_leaf=is_group,
         )
 
-    rates, decays = per_leaf("lr"), per_leaf("weight_decay")
+    rates, decays = per_leaf("lr", _unit_of_rates(config, settings)), per_leaf("weight_decay")
+    if config.optimizer.layer_decay is not None:
+        factors = layer_factors(config.optimizer.layer_decay, config.policy, params, all_params)
+        rates = jax.tree.map(lambda rate, factor: rate * factor, rates, factors)
+    schedule = make_schedule(config)
+
+    def rule(part: Callable[[Tree], Tree]) -> list[optax.GradientTransformation]:
+        return update_rule(settings, part(names), part(decays), part(rates), schedule)
+
     phases = config.policy.param_phases
-    if phases:
-        parts = [in_phases(phases, names, lambda part: optax.chain(*update_rule(settings, part(decays))))]
-    else:
-        parts = update_rule(settings, decays)
+    parts = [in_phases(phases, names, lambda part: optax.chain(*rule(part)))] if phases else rule(lambda x: x)
     clip = clip_by_global_norm(settings["grad_clip_norm"])
-    return optax.chain(clip, *parts, scale_by_rates(rates, make_schedule(config)))
+    return optax.chain(clip, *parts, scale_by_rates(rates, schedule))
 
 
-def update_rule(settings: dict[str, Any], decays: Tree) -> list[optax.GradientTransformation]:
+def _unit_of_rates(config: TrainConfig, settings: dict[str, Any]) -> float:
+    """Give what the learning rates of parameter groups are multiplied by: Adafactor's rates are of another kind."""
+    preset = config.policy.optimizer_preset
+    if settings["type"] != "adafactor" or preset["type"] == "adafactor":
+        return 1.0
+    usual = preset.get("lr", DEFAULTS[preset["type"]]["lr"])
+    if not usual:
+        raise InputError("optimizer.type=adafactor: the policy's own learning rate must not be 0")
+    return settings["lr"] / usual
+
+
+def update_rule(
+    settings: dict[str, Any], names: Tree, decays: Tree, rates: Tree, schedule: Schedule
+) -> list[optax.GradientTransformation]:
     """Give what the optimizer makes of gradients before they are multiplied by the learning rate."""
+    if settings["type"] == "adafactor":
+        return [scale_by_adafactor(settings["beta2_decay"], names, decays, rates, schedule)]
     decay = add_decayed_weights(decays)
-    if settings["type"] == "adamw":
-        return [scale_by_adam(settings), decay]
-    if settings["type"] == "adam":
-        return [decay, scale_by_adam(settings)]
-    return [decay, optax.trace(settings["momentum"]) if settings["momentum"] else optax.identity()]
+    if settings["type"] == "sgd":
+        return [decay, optax.trace(settings["momentum"]) if settings["momentum"] else optax.identity()]
+    adam = scale_by_adam(settings["betas"], settings["eps"], settings["moments_dtype"])
+    return [adam, decay] if settings["type"] == "adamw" else [decay, adam]
 
 
 def in_phases(
@@ -121,12 +155,6 @@ def in_phases(
         return unflatten_dict(moves), states
 
     return optax.GradientTransformation(init, update)
-
-
-def scale_by_adam(settings: dict[str, Any]) -> optax.GradientTransformation:
-    """Scale gradients as torch's Adam does."""
-    b1, b2 = settings["betas"]
-    return optax.scale_by_adam(b1, b2, settings["eps"])
 
 
 def _no_state(params: optax.Params) -> optax.EmptyState:
@@ -241,17 +269,3 @@ def _vqbet(warmup: int, waiting: int, cycles: float, steps: int) -> Schedule:
 
 def _half_cosine(progress):
     return jnp.maximum(0.5 * (1 + jnp.cos(math.pi * jnp.minimum(progress, 1.0))), 0.0)
-
-
-def update_ema(ema: Tree, new: Tree, step, decay: float) -> Tree:
-    """Move the average towards the new values; it follows fast at first: decay is at most (1 + n) / (10 + n).
-
-    Whole numbers, which are counts, are those of the new values.
-    """
-    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
-
-    def move(old: jax.Array, value: jax.Array) -> jax.Array:
-        is_count = not jnp.issubdtype(old.dtype, jnp.floating)
-        return value if is_count else old + (value - old) * rate.astype(old.dtype)
-
-    return jax.tree.map(move, ema, new)

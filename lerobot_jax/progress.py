@@ -8,8 +8,11 @@ import tqdm
 from lerobot_jax import distributed
 
 
-def progress_bar(description: str, total: int, unit: str, **settings: Any) -> tqdm.tqdm:
-    """Open a progress bar with speed and remaining time; of several processes, the first one shows it."""
+def progress_bar(description: str, total: int | None, unit: str, **settings: Any) -> tqdm.tqdm:
+    """Open a progress bar with speed and remaining time; `total` None: it is not known.
+
+    Of several processes, the first one shows it.
+    """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm.tqdm(
         desc=description,

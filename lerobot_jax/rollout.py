@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from lerobot_jax.certificate import make_observations
+from lerobot_jax.compilation import compiling
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType
 
@@ -93,6 +95,17 @@ class Runner:
         """Run with other weights, and noise of this seed, from now on."""
         self._arrays = jax.tree.map(jax.numpy.asarray, (params, buffers))
         self._seed_key = jax.random.key(seed)
+
+    def compile(self) -> None:
+        """Compile what predicts a chunk, so that the first action does not wait for it.
+
+        A policy that resizes images is compiled for images that have the right size already; the first others are
+        waited for.
+        """
+        made = self.policy.tokenize(make_observations(self.policy))
+        observation = {key: np.asarray(value[:1]) for key, value in made.items()}
+        with compiling("the policy"):
+            jax.block_until_ready(self._predict(*self._arrays, observation, self._seed_key, 0, 0))
 
     def reset(self, slot: int | None = None, episode: int | None = None) -> None:
         """Forget the past of one slot (None: of all) because an episode begins; its number seeds the noise."""
@@ -172,7 +185,7 @@ class Runner:
             key = self._outside(name)
             if key not in observation:
                 raise InputError(f"the policy needs '{key}', the observation has {sorted(observation)}")
-            value = np.asarray(observation[key])
+            value = np.asarray(observation[key], None if feature.type == FeatureType.VISUAL else np.float32)
             fits = value.size == len(value) * math.prod(feature.shape)
             if feature.type == FeatureType.VISUAL and self.policy.preprocessor.resizes_images:
                 fits = value.ndim == 4  # of any height and width

@@ -23,7 +23,7 @@ from absl import logging
 from lerobot_jax import checkpoint, distributed, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
-from lerobot_jax.compilation import keep_compiled_programs
+from lerobot_jax.compilation import compiling, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
 from lerobot_jax.data.samples import DeviceRows
@@ -31,6 +31,7 @@ from lerobot_jax.data.streaming import StreamedSamples
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
 from lerobot_jax.files import write_json
+from lerobot_jax.layer_decay import describe_layers
 from lerobot_jax.logs import setup_logging
 from lerobot_jax.metrics import MetricsLog, import_wandb
 from lerobot_jax.program import Program
@@ -90,6 +91,10 @@ def main(argv: Sequence[str]) -> None:
     policies = [each.replace(params={}, buffers={}) for each in policies]
     policy = policies[0]
     num_params = sum(x.size for x in jax.tree.leaves(program.init_shapes[0]))
+    if program.lora is not None:
+        num_trained = sum(x.size for x in jax.tree.leaves(program.seed_state["params"]))
+        num_adapters = len(program.lora.targets)
+        logging.info("LoRA: %d adapters; %s of the numbers are trained", num_adapters, f"{num_trained:,}")
     logging.info(
         "%s: %s policy with %s parameters%s, %d episodes with %d frames, batch %d on %d %s device(s)",
         config.run_dir,
@@ -102,6 +107,9 @@ def main(argv: Sequence[str]) -> None:
         mesh.size,
         jax.default_backend(),
     )
+    if config.optimizer.layer_decay is not None:
+        decay, params = config.optimizer.layer_decay, program.init_shapes[0]
+        logging.info("%s", describe_layers(decay, config.policy, params))
 
     # Batches, and the compiled step
     placement, micro = program.batch_placement, config.gradient_accumulation_steps
@@ -120,18 +128,22 @@ def main(argv: Sequence[str]) -> None:
         batches = ({k: v.reshape(*shape, *v.shape[rest:]) for k, v in batch.items()} for batch in batches)
     batches = loader.prefetch_to_device(batches, placement)
     batch = next(batches)
-    started = time.monotonic()
-    train_step = program.trace_step(batch).lower().compile()
-    logging.info("compiled the train step in %.1f s", time.monotonic() - started)
+    with compiling("the train step"):
+        train_step = program.trace_step(batch).lower().compile()
     eval_loss = program.eval_loss()
     runner = policy.make_runner(config.eval.num_envs, config.seed)
+    if config.env.type and config.env_eval_freq:
+        whole = sharding.local_copy(layout.take(weights_of(state), 0))
+        if is_first:
+            runner.load(**whole, seed=config.seed)
+            runner.compile()
 
     # The loop
     logs = [MetricsLog(run, first_step) for run in runs]
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
     variants = variants if config.dataset.mixture else None
     certifier = Certifier(policy)
-    writers = [CheckpointWriter(run, policy, certifier, variants, together=runs) for run in runs]
+    writers = [CheckpointWriter(run, policy, certifier, variants, runs, program.lora) for run in runs]
 
     def is_due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == config.steps)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lerobot_jax import optim
+from lerobot_jax import averaging, optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.mixture import DATASET_INDEX
 from lerobot_jax.policies.base import FunctionalPolicy
@@ -130,9 +130,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = state | {"step": step + 1, "params": params, "buffers": buffers, "opt_state": opt_state}
-        if config.ema_decay is not None:
+        if averaging.is_averaged(config):
             values = {"params": params, "buffers": buffers}
-            new["ema"] = optim.update_ema(state["ema"], values, step, config.ema_decay)
+            new["ema"] = averaging.update_average(config, state["ema"], values, step)
         metrics |= {"grad_norm": optax.tree.norm(grads), "lr": base_lr * schedule(step)}
         return new, metrics
 

@@ -146,7 +146,9 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     inputs, outputs = _policy_features(config, sources)
     for source in sources:
         _check_cameras(config, source, inputs)
-    policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
+    policy_config = dataclasses.replace(
+        config.policy, input_features=inputs, output_features=outputs, use_peft=False
+    )
     if unnormalized := base.unnormalized_inputs(policy_config):
         logging.warning(
             "%s will not be normalized: policy.normalization_mapping does not list the type",
@@ -163,7 +165,10 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     if policy_config.pretrained_path is not None:
         first = policies[0]
         pretrained = base.load_policy(
-            policy_config.pretrained_path, policy_config.pretrained_revision, first.config
+            policy_config.pretrained_path,
+            policy_config.pretrained_revision,
+            first.config,
+            merge_adapters=False,
         )
         policies[0] = first.replace(params=pretrained.params, buffers=pretrained.buffers)
     if policies[0].preprocessor.has_text:

@@ -130,7 +130,7 @@ def test_two_processes_are_one_and_one_goes_on(run: Run):
     two.succeed()
     first, second = two.texts()
     assert "compiled the train step" in first
-    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    assert not any(word in second for word in ("compiled", "training", "done", "error"))
     assert checkpoint.saved_steps(run.output) == [3]
     certificate.check_files(run.output / "checkpoints/last/pretrained_model")
     run.start(1, 8, [*more, "--config.steps=5", "--config.resume=True"]).succeed()

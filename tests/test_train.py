@@ -150,6 +150,20 @@ def test_the_speed_is_that_of_training(
     assert [r["steps_per_s"] for r in logged] == [1.0] * len(logged)
 
 
+def test_nothing_is_traced_or_compiled_twice(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    """After the first validation and save, a run has all its programs."""
+    counts, traced = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: traced.append(event) if event.startswith("/jax/core/compile") else None
+    )
+    save = train.save
+    monkeypatch.setattr(train, "save", lambda *args, **kw: (save(*args, **kw), counts.append(len(traced))))
+    train.main([*arguments, "--config.save_freq=5", "--config.eval_steps=5"])
+    assert len(counts) == 4
+    assert counts[0] > 0
+    assert len(traced) == counts[1]
+
+
 def test_a_training_state_becomes_a_policy(arguments: list[str], tmp_path: Path):
     """Averaged or raw weights, from a run, a checkpoint or its training_state, as they are or rounded."""
     train.main([*arguments, "--config.eval_steps=0", "--config.dataset.eval_split=0"])

@@ -22,7 +22,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lerobot_jax import certificate, hub, migration, processors, rollout, state_dict, torch_state
+from lerobot_jax import (
+    adapter_folder,
+    certificate,
+    hub,
+    lora,
+    migration,
+    processors,
+    rollout,
+    state_dict,
+    torch_state,
+)
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
@@ -186,7 +196,7 @@ class FunctionalPolicy:
     @property
     def module(self) -> Policy:
         """The module tree with shapes instead of arrays."""
-        return nnx.eval_shape(lambda: policy_class(self.config.type)(self.config, rngs=nnx.Rngs(params=0)))
+        return _module(self.config)
 
     @property
     def progress(self) -> set[tuple[Any, ...]]:
@@ -310,16 +320,19 @@ def load_policy(
     config: PolicyConfig | None = None,
     *,
     check_certificate: bool = True,
+    merge_adapters: bool = True,
 ) -> FunctionalPolicy:
     """Load a policy from a LeRobot folder (config.json, model.safetensors, processors) or from the Hub.
 
     A policy from before LeRobot's processors, with its normalization among the weights, is migrated as it is read.
+    Of a folder with PEFT adapters, the policy is the one that they change, with the adapters merged into it.
 
     Args:
         path: the folder, or a name on the Hub.
         revision: branch, tag or commit on the Hub.
         config: settings to use instead of config.json's.
         check_certificate: whether the folder must be what its certificate says, if it has one.
+        merge_adapters: False: leave them as `LoraWeight`s.
 
     Raises:
         InputError: naming what is missing, does not fit, or is not what its certificate says.
@@ -328,12 +341,34 @@ def load_policy(
     saved_config = load_config(folder)
     if check_certificate:
         certificate.check_files(folder)
+    if saved_config.use_peft:
+        return _load_adapted(folder, config or saved_config, merge=merge_adapters)
     policy, weights = _read_folder(folder, config or saved_config)
     params, buffers = torch_state.from_torch(policy.module, weights)
     policy = policy.replace(params=params, buffers=buffers)
     if check_certificate and config in (None, saved_config):
         certificate.check_actions(policy, folder)
     return policy
+
+
+def _load_adapted(folder: Path, config: PolicyConfig, *, merge: bool) -> FunctionalPolicy:
+    """Load the policy that the adapters in a folder change, with that folder's settings and processors."""
+    config = dataclasses.replace(config, use_peft=False)  # once loaded, it is a policy like any other
+    policy = _assemble(folder, config, *processors.load_pipelines(folder))
+    adapters = adapter_folder.read(folder, policy.module)
+    base, revision = adapters.settings["base_model_name_or_path"], adapters.settings.get("revision")
+    try:
+        weights = _read_weights(find_policy(base, revision), config)
+    except InputError as error:
+        raise InputError(f"{folder} has adapters on the policy {base}: {error}") from None
+    weights = StateDict(weights.tensors | adapters.whole.tensors, weights.metadata, weights.source)
+    params, buffers = torch_state.from_torch(policy.module, weights)
+    params = lora.with_factors(adapters.factors, params)
+    return policy.replace(params=lora.merged(params) if merge else params, buffers=buffers)
+
+
+def _read_weights(folder: Path, config: PolicyConfig) -> StateDict:
+    return migration.migrate(folder, config)[-1] if migration.is_old(folder) else state_dict.read(folder)
 
 
 def load_structure(folder: Path) -> FunctionalPolicy:
@@ -453,9 +488,13 @@ def _policy_module(name: str) -> Any:
     raise InputError(f"no policy of type '{name}': {known}{'; '.join(others) or 'there is none'}")
 
 
+@functools.lru_cache(maxsize=16)
+def _module(config: PolicyConfig) -> Policy:
+    return nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
+
+
 def _graphdef(config: PolicyConfig) -> Any:
-    module = nnx.eval_shape(lambda: policy_class(config.type)(config, rngs=nnx.Rngs(params=0)))
-    return nnx.split(module, nnx.Param, Buffer)[0]  # raises if the module holds any other state
+    return nnx.split(_module(config), nnx.Param, Buffer)[0]  # raises if the module holds any other state
 
 
 def _to_float_image(

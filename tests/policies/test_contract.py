@@ -14,7 +14,9 @@ from flax.traverse_util import flatten_dict
 
 import lerobot_jax.policies
 from lerobot_jax import torch_state
+from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType
+from lerobot_jax.layer_decay import layer_factors
 from lerobot_jax.nn.execution import Execution, Remat
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
 from lerobot_jax.policies.config import group_of
@@ -173,6 +175,19 @@ def test_a_choice_of_denoising_steps_is_told(policy: FunctionalPolicy):
     )
     assert after.out_avals == before.out_avals
     assert str(after) != str(before)
+
+
+def test_the_order_of_layers_leaves_no_parameter_out(policy: FunctionalPolicy):
+    if not policy.config.layer_order:  # then there is no layer-wise decay for this policy
+        with pytest.raises(InputError, match=r"optimizer.layer_decay: .* give it the property layer_order"):
+            layer_factors(0.5, policy.config, policy.params)
+        return
+    factors = [
+        np.ravel(factor) for factor in jax.tree.leaves(layer_factors(0.5, policy.config, policy.params))
+    ]
+    found = sorted(set(np.concatenate(factors)), reverse=True)
+    assert found == [0.5**i for i in range(len(found))]
+    assert len(found) > 2
 
 
 def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):

@@ -72,6 +72,10 @@ class FlowMLPConfig(PolicyConfig):
         return "num_inference_steps", self.num_inference_steps
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (r"model\.input_proj\.", r"model\.blocks\.(\d+)\.", r"model\.(?:norm|output_proj)\.")
+
+    @property
     def optimizer_preset(self) -> Mapping[str, Any]:
         return {"type": "adamw", "lr": self.optimizer_lr, "weight_decay": self.optimizer_weight_decay}
 

@@ -119,6 +119,28 @@ class ACTConfig(PolicyConfig):
         return (ParamGroup(r"model\.backbone\.", lr=self.optimizer_lr_backbone),)
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (
+            r"model\.backbone\.(?:conv1|bn1)\.",
+            r"model\.backbone\.layer(\d+)\.",
+            # What makes the encoder's tokens, the VAE as a whole among it, and the positions.
+            r"model\.(?:vae_encoder\w*|encoder_\w+|decoder_pos_embed)\.",
+            r"model\.encoder\.layers\.(\d+)\.",
+            r"model\.encoder\.norm\.",
+            r"model\.decoder\.layers\.(\d+)\.",
+            r"model\.(?:decoder\.norm|action_head)\.",
+        )
+
+    @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"(encoder|decoder)\.layers\.\d+\.(self_attn|multihead_attn|linear1|linear2)"
+        convolutions = r"(conv\d|downsample\.0)"
+        return {
+            "transformer": rf"model\.{layers}",
+            "vision_encoder": rf"model\.backbone\.(.*\.)?{convolutions}",
+        }
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (TensorAxis(r"linear1\.kernel", -1), TensorAxis(r"linear2\.kernel", -2))
 

@@ -215,6 +215,23 @@ class DiffusionConfig(PolicyConfig):
         return list(range(self.n_action_steps))
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        backbone = r"diffusion\.rgb_encoder\.(?:\d+\.)?backbone\."  # with a number if each camera has its own
+        return (
+            rf"{backbone}[01]\.",
+            rf"{backbone}(\d+)\.",
+            r"diffusion\.(?:rgb_encoder\.(?:\d+\.)?(?:pool|out)|unet\.diffusion_step_encoder)\.",
+            r"diffusion\.unet\.down_modules\.(\d+)\.",
+            r"diffusion\.unet\.mid_modules\.(\d+)\.",
+            r"diffusion\.unet\.up_modules\.(\d+)\.",
+            r"diffusion\.unet\.final_conv\.",
+        )
+
+    @property
+    def peft_presets(self) -> Mapping[str, str]:
+        return {"unet": r"diffusion\.unet\..*(conv[12]\.block\.0|cond_encoder\.1)"}
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (
             TensorAxis(r"unet\..*\.conv1\.block\.0\.kernel", -1),

@@ -288,6 +288,27 @@ class MultiTaskDiTConfig(PolicyConfig):
         return (unused, ParamGroup(vision, rate))
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        vision = r"observation_encoder\.vision_encoders?\.(?:\d+\.)?model\.vision_model"
+        return (
+            rf"{vision}\.(?:embeddings|pre_layrnorm)\.",
+            rf"{vision}\.encoder\.layers\.block\.",
+            rf"{vision}\.post_layernorm\.|observation_encoder\.text_encoder\.",
+            r"noise_predictor\.(?:input_proj|pos_embedding|time_mlp)",
+            r"noise_predictor\.transformer_blocks\.(\d+)\.",
+            r"noise_predictor\.output_proj\.",
+        )
+
+    @property
+    def peft_presets(self) -> Mapping[str, str]:
+        block = r"(attn\.(qkv_proj|out_proj)|multihead_attn|mlp\.[02])"
+        layer = r"(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])"
+        return {
+            "transformer": rf"noise_predictor\.transformer_blocks\.\d+\.{block}",
+            "vision_encoder": rf"observation_encoder\.vision_encoder\..*\.layers\.\d+\.{layer}",
+        }
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (
             TensorAxis(r"mlp\.0\.kernel", -1),

@@ -183,6 +183,23 @@ class VQBeTConfig(PolicyConfig):
         return (VQVAE, "")
 
     @property
+    def layer_order(self) -> tuple[str, ...]:
+        return (
+            r"vqbet\.rgb_encoder\.backbone\.[01]\.",
+            r"vqbet\.rgb_encoder\.backbone\.(\d+)\.",
+            r"vqbet\.(?:rgb_encoder\.(?:pool|out)|rgb_feature_projector|state_projector|action_token)",
+            r"vqbet\.policy\.transformer\.(?:wte|wpe)\.",
+            r"vqbet\.policy\.transformer\.h\.(\d+)\.",
+            r"vqbet\.policy\.(?:transformer\.ln_f|lm_head)\.",
+            r"vqbet\.action_head\.",
+        )
+
+    @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.[02])"
+        return {"transformer": rf"vqbet\.policy\.transformer\.{layers}"}
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (TensorAxis(r"mlp\.0\.kernel", -1), TensorAxis(r"mlp\.2\.kernel", -2))
 
