@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from lerobot_jax import certificate, checkpoint
+from lerobot_jax.distributed import Address, find_address
+from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
 from tests.test_train import FEATURES, RECIPE, final_arrays
 
 LENGTHS = (9, 12, 8, 11)
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 EXACT = ["--config.ema_decay=0.9", "--config.optimizer.type=sgd", "--config.optimizer.lr=0.1"]
 ENDLESS = ["--config.steps=1000000", "--config.eval_steps=0", "--config.dataset.eval_split=0"]
 
@@ -246,3 +249,48 @@ def test_episodes_are_rolled_out_by_the_first_process(run: Run, root: Path, fram
     ]
     np.testing.assert_allclose(*rewards, rtol=1e-3)
     assert len(list((run.output / "eval/step_000002/videos").rglob("*.mp4"))) == 2
+
+
+ADDRESSES = {
+    "nothing": ({}, "auto", None),
+    "off": ({"JAX_NUM_PROCESSES": "2"}, "off", None),
+    "flag": ({}, "host:1,4,3", Address("host:1", 4, 3)),
+    "plain": (
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        "auto",
+        Address("a:1", 2, 0),
+    ),
+    "one": (
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        "auto",
+        None,
+    ),
+    "slurm": (SLURM | {"SLURM_NTASKS": "4"}, "auto", Address(cluster_detection_method="slurm")),
+    "slurm, one task": (SLURM | {"SLURM_NTASKS": "1"}, "auto", None),
+    "slurm, a step of one task": (
+        SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
+        "auto",
+        None,
+    ),
+    "a batch script without srun": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, "auto", None),
+}
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_processes_find_their_place(case: str, monkeypatch: pytest.MonkeyPatch):
+    variables, setting, expected = ADDRESSES[case]
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_"))]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_address(setting) == expected
+
+
+def test_incomplete_addresses_are_reported(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match="must be auto, off, or HOST:PORT,PROCESSES,INDEX; it is yes"):
+        find_address("yes")
+    with pytest.raises(InputError, match="process 4 of 4 cannot be"):
+        find_address("host:1,4,4")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID must be set too"):
+        find_address("auto")
