@@ -35,12 +35,7 @@ START_TIMEOUT = 300  # seconds in which all processes must have come
 SILENCE = 10.0  # seconds without news after which a process counts as gone, once there is an error
 LINGER = 3.0  # seconds that process 0, which the others hear through, lets them read why it ends
 _NEWS, _BEAT, _END = "lerobot_jax/news/", "lerobot_jax/news/beat/", "lerobot_jax/news/end"
-_CLUSTERS = (
-    "slurm",
-    "ompi",
-    "gcetpu",
-    "gketpu",
-)  # what JAX finds by itself, without asking a network in vain
+_CLUSTERS = ("slurm", "ompi", "gcetpu", "gketpu")  # JAX's names of what it finds by itself
 
 
 class Address(NamedTuple):
@@ -72,9 +67,6 @@ class Group:
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
-        # The service aborts the process from a thread of its own: no other place to say why.
-        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._disconnected())
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def look(self, name: str) -> str | None:
         """Read a note that some process left, if one did."""
@@ -126,7 +118,7 @@ class Group:
                 news = dict(self.client.key_value_dir_get(_NEWS))
             except jax.errors.JaxRuntimeError:
                 if not self._is_over.is_set():
-                    self._disconnected()
+                    self.disconnected()
                 return
             now = self._read_at = time.monotonic()
             for i in range(self.num):
@@ -136,7 +128,7 @@ class Group:
             if _END in news:
                 self._end(news[_END])
 
-    def _disconnected(self) -> NoReturn:
+    def disconnected(self) -> NoReturn:
         """End since process 0, who runs the service, does not answer, or the service has missed another process."""
         silent = [i for i, at in self._changed_at.items() if self._read_at - at > SILENCE / 2]
         self._end(self.gone_message(silent or [0]))
@@ -144,10 +136,7 @@ class Group:
     def _end(self, message: str, code: int = 1) -> NoReturn:
         """End at once: Python's own end would wait for processes that never come."""
         with self._ending:  # never left: other threads that want to end this process wait for its end
-            print(f"\nerror: {message}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            time.sleep(LINGER if self.index == 0 else 0)
-            os._exit(code)
+            _exit(message, code, LINGER if self.index == 0 else 0)
 
 
 class Channel:
@@ -169,7 +158,7 @@ class Channel:
         values = [pickle.loads(_wait_for(client, f"{here}{i}")) for i in range(group.num)]
         client.key_value_set_bytes(f"{here}all", pickle.dumps(values))
         if self._round > 2:  # all have read those: they have given values since
-            client.key_value_delete(f"{self._prefix}{self._round - 3}/")
+            client.key_value_delete(f"{self._prefix}{self._round - 3}")
         return values
 
 
@@ -200,6 +189,7 @@ def start(setting: str, advice: Callable[[], str]) -> None:
     address = find_address(setting)
     if address is None:
         return
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         jax.distributed.initialize(
             **address._asdict(),
@@ -207,10 +197,7 @@ def start(setting: str, advice: Callable[[], str]) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"distributed: the processes did not find each other within {START_TIMEOUT} s: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
+        raise InputError(f"distributed: {' '.join(str(error).split())[:300]}") from None
     jax.devices()  # the processes tell one another theirs; all must be there
     state = distributed.global_state
     group = Group(state.process_id, state.num_processes, advice)
@@ -305,6 +292,21 @@ def _flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", str(value)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+    """End in place of JAX's coordination service, which aborts when a process is missing and does not say which."""
+    if group is not None:
+        group.disconnected()
+    _exit(f"distributed: not all processes came within {START_TIMEOUT} s, or could not reach process 0", 1)
+
+
+def _exit(message: str, code: int, linger: float = 0.0) -> NoReturn:
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    time.sleep(linger)
+    os._exit(code)
 
 
 @contextlib.contextmanager
