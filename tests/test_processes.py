@@ -70,7 +70,7 @@ class Processes:
     def texts(self) -> list[str]:
         return [log.read_text() for log in self.logs]
 
-    def end(self, timeout: float = 240) -> list[int]:
+    def end(self, timeout: float = 400) -> list[int]:
         """Wait until all have ended; give their exit codes."""
         deadline = time.monotonic() + timeout
         try:
@@ -237,7 +237,13 @@ def test_episodes_are_rolled_out_by_the_first_process(run: Run, root: Path, fram
         .replace("env_eval_freq=0", "env_eval_freq=2")
     )
     more = ["--config.env.type=pusht", "--config.env.obs_type=environment_state_agent_pos"]
-    more += ["--config.eval.n_episodes=2", "--config.steps=2", "--config.log_freq=1", "--config.eval_steps=2"]
+    more += [
+        "--config.eval.n_episodes=2",
+        "--config.env.episode_length=20",
+        "--config.steps=2",
+        "--config.log_freq=1",
+        "--config.eval_steps=2",
+    ]
     more += ["--config.max_eval_samples=20", f"--config.dataset.frame_mode={frames}"]
     run.start(2, 2, [*EXACT, *more]).succeed()
     run.start(1, 4, [*EXACT, *more], name="alone").succeed()

@@ -2,6 +2,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def dataset(tmp_path_factory) -> LeRobotDataset:
 
 
 def batches(samples: Samples, num: int, **changes) -> list[dict]:
-    settings = {"first_step": 0, "num_workers": 2, "prefetch_factor": 2} | changes
+    settings: dict[str, Any] = {"first_step": 0, "num_workers": 2, "prefetch_factor": 2} | changes
     return list(itertools.islice(loader.training_batches(samples, 5, **settings), num))
 
 
