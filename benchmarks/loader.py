@@ -98,7 +98,7 @@ def open_ours(case: dict[str, Any], root: str, side: str, workers: int) -> Itera
     else:
         samples = ShuffledRows(dataset, rows, keys, 0)
     batches = loader.training_batches(samples, case["batch"], num_workers=workers)
-    return loader.prefetch_to_device(batches, split)
+    return loader.prefetch_to_device(batches, sharding.BatchPlacement.of(split, case["batch"]))
 
 
 def open_lerobot(case: dict[str, Any], root: str, workers: int) -> Iterator[Any]:

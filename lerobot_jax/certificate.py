@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lerobot_jax import state_dict
+from lerobot_jax import distributed, sharding, state_dict
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType, PolicyFeature
 from lerobot_jax.files import read_json
@@ -50,7 +50,7 @@ class Certifier:
         self._inputs = policy.tokenize(self.observations)
 
     def act(self, params: Any, buffers: Any) -> dict[str, np.ndarray]:
-        """Give what a certificate holds.
+        """Give what a certificate holds; all processes of a run take part, process 0 gets it.
 
         Returns:
             `observation/<key>` raw observations, `noise/<name>`, `action` of shape (b, chunk, act) in the robot's
@@ -58,9 +58,11 @@ class Certifier:
             rounding error in every weight does.
         """
         action, moved = (
-            np.asarray(self._act(params, buffers, self._inputs, self.noise, relative))
+            sharding.to_host(self._act(params, buffers, self._inputs, self.noise, relative))
             for relative in (0.0, 1.0)
         )
+        if not distributed.is_first():
+            return {}
         tolerance = np.maximum(1e-4 * np.abs(action), 10 * np.abs(moved - action)).max(axis=(0, 1))
         observations = {k: v for k, v in self.observations.items() if k != TASK}
         return {

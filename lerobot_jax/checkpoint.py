@@ -15,6 +15,9 @@ A checkpoint is written beside its place and appears there by one rename, so it 
 import dataclasses
 import json
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lerobot_jax import lora, optim
+from lerobot_jax import distributed, lora, optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
@@ -51,6 +54,7 @@ FREE_ON_RESUME = (
     "dataset.frame_cache_gb",
     "output_dir",
     "job_name",
+    "distributed",
     "steps",
     "env",
     "eval",
@@ -73,6 +77,9 @@ FREE_ON_RESUME = (
     "policy.tags",
     "policy.license",
 )
+# What each process of a run may have its own of.
+FREE_FOR_EACH_PROCESS = ("distributed", "root", "num_workers", "prefetch_factor")
+VISIBLE_WITHIN = 30.0  # seconds in which a shared file system shows a new file on all machines
 # What runs had that began before there was such a setting.
 _NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "peft": None, "sample_weighting": None}
 _NEW_SETTINGS |= {"ema": dataclasses.asdict(EMAConfig()), "swa": dataclasses.asdict(SWAConfig())}
@@ -87,7 +94,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_run(config: TrainConfig) -> TrainConfig:
-    """Check that the run's folder is free, or holds a run that can be continued.
+    """Check that the run's folder is free, or holds a run that can be continued; process 0 does it for all.
 
     Returns:
         The config; a resumed run keeps to the dataset's commit that it began with.
@@ -96,6 +103,12 @@ def open_run(config: TrainConfig) -> TrainConfig:
         InputError: if the folder is in use and `resume` is off; if there is no run to resume, or a setting that
             changes what is computed differs from the run's.
     """
+    opened = _open_run(config) if distributed.is_first() else config
+    revisions = distributed.from_first([source.revision for source in opened.dataset.sources])
+    return dataclasses.replace(config, dataset=config.dataset.pinned(revisions))
+
+
+def _open_run(config: TrainConfig) -> TrainConfig:
     folder = config.run_dir
     if config.resume:
         if not (folder / TRAIN_CONFIG_NAME).exists():
@@ -138,7 +151,38 @@ def _keep_revisions(config: TrainConfig, before: Mapping[str, Any]) -> TrainConf
 
 
 def write_train_config(config: TrainConfig) -> None:
-    """Write the run's train_config.json; with several seeds also that of each."""
+    """Write the run's train_config.json; with several seeds also that of each.
+
+    Raises:
+        InputError: when the processes of the run do not see the same folder.
+    """
+    if distributed.is_first():
+        _write_train_config(config)
+    if distributed.group is not None:
+        _check_shared(config.run_dir, distributed.group)
+
+
+def _check_shared(folder: Path, group: distributed.Group) -> None:
+    """Look for a file that process 0 makes in the run's folder."""
+    made = folder / f".process-0-{distributed.from_first(uuid.uuid4().hex)}"
+    if group.index == 0:
+        made.touch()
+    distributed.from_first(None)
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not made.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = group.agreed.gather((made.exists(), socket.gethostname()))
+    if group.index == 0:
+        made.unlink()
+    blind = [f"process {i} on {host}" for i, (sees_it, host) in enumerate(found) if not sees_it]
+    if blind:
+        raise InputError(
+            f"{folder}: {', '.join(blind)} cannot see the folder that process 0 on {found[0][1]} has made; "
+            "output_dir must be on a file system that all machines share"
+        )
+
+
+def _write_train_config(config: TrainConfig) -> None:
     write_json(config.to_dict(), config.run_dir / TRAIN_CONFIG_NAME)
     for run in config.runs:
         if run is not config:
@@ -156,6 +200,16 @@ def saved_steps(run_dir: Path) -> list[int]:
 def common_steps(runs: Iterable[TrainConfig]) -> list[int]:
     """List the steps of which all runs have a checkpoint, in order."""
     return sorted(set.intersection(*(set(saved_steps(run.run_dir)) for run in runs)))
+
+
+def how_to_go_on(config: TrainConfig) -> str:
+    """Say where a run that lost a process can be continued."""
+    steps = common_steps(config.runs)
+    if not steps:
+        return "there is no checkpoint yet; start all processes again"
+    return (
+        f"the last good checkpoint is step {steps[-1]}; start all processes again with --config.resume=True"
+    )
 
 
 def find_pretrained_model(folder: Path, step: int | None = None) -> Path:

@@ -4,15 +4,14 @@ import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from lerobot_jax import adapter_folder
+from lerobot_jax import adapter_folder, distributed, sharding
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint import (
     ADAPTER,
@@ -36,7 +35,11 @@ Tree = dict[str, Any]
 
 
 class CheckpointWriter:
-    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host."""
+    """Saves checkpoints in the background: training goes on as soon as the arrays are copied to the host.
+
+    Of several processes, each writes its part of the train state, process 0 also the policy. Only when all have
+    written theirs does process 0 give the checkpoint its name; if one fails, all report it.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class CheckpointWriter:
         self._variants, self._together = dict(variants or {}), together or [config]
         self._folder = config.run_dir.resolve() / CHECKPOINTS
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._channel = distributed.Channel(distributed.group, f"save/{config.seed}")  # that of `_thread`
         self._thread: threading.Thread | None = None
         self._error: InputError | None = None
 
@@ -68,23 +72,20 @@ class CheckpointWriter:
         """Start saving the state after `step` updates. Waits for, and reports a failure of, the save before."""
         self.wait()
         name = f"{step:06d}"
-        if (self._folder / name).exists():
-            self._publish(name, is_best)
-            return
         partial = self._folder / f".partial-{name}"
-        remove(partial)
         weights = weights_of(state)
         try:
-            self._check_space(partial, state, weights)
+            is_new = distributed.from_first(distributed.is_first() and self._begin(name, state, weights))
+            if not is_new:
+                if distributed.is_first():
+                    self._publish(name, is_best)
+                return
             self._orbax.save(partial / TRAINING_STATE, args=ocp.args.StandardSave(state))
         except OSError as error:
             remove(partial)
-            raise InputError(self._failure(name, error)) from None
+            raise InputError(self._failure(name, str(error))) from None
         certified = self._certifier.act(**weights)
-        # Copied, not viewed: the next step reuses the memory of these arrays.
-        weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
-        if self._lora is not None:
-            weights["params"] = whole_precision(weights["params"])
+        weights = sharding.to_host(weights)
         self._thread = threading.Thread(
             target=self._finish, args=(partial, name, weights, certified, is_best)
         )
@@ -99,24 +100,57 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def _begin(self, name: str, state: Tree, weights: Tree) -> bool:
+        """Make a place for a checkpoint; tell whether there was none of this name."""
+        if (self._folder / name).exists():
+            return False
+        partial = self._folder / f".partial-{name}"
+        remove(partial)
+        self._check_space(state, weights)
+        partial.mkdir()
+        return True
+
     def _finish(self, partial: Path, name: str, weights: Tree, certified: Tree, is_best: bool) -> None:
-        try:
+        def write() -> None:
             try:
-                model = partial / PRETRAINED_MODEL
-                self._policy.replace(**weights).save_pretrained(model, certified)
-                for dataset, variant in self._variants.items():
-                    variant.save_processors(model / DATASETS / dataset)
-                write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
-                if self._lora is not None:
-                    self._write_adapters(partial / ADAPTER, weights, self._lora)
+                if distributed.is_first():
+                    self._write_model(partial, weights, certified)
             finally:
                 self._orbax.wait_until_finished()
-            _sync(partial)
-            partial.rename(self._folder / name)
-            self._publish(name, is_best)
-        except Exception as error:  # reported by the next wait()
+
+        def publish() -> None:
+            if distributed.is_first():
+                _sync(partial)
+                partial.rename(self._folder / name)
+                self._publish(name, is_best)
+
+        error = self._failure_of_any(write) or self._failure_of_any(publish)
+        if error is not None:  # reported by the next wait()
             self._error = InputError(self._failure(name, error))
-            remove(partial)
+            if distributed.is_first():
+                remove(partial)
+
+    def _failure_of_any(self, work: Callable[[], None]) -> str | None:
+        """Do this process's part, and wait for those of the others; give the error that one of them met."""
+        error = None
+        try:
+            work()
+        except Exception as caught:
+            error = str(caught) or repr(caught)
+        found = enumerate(self._channel.gather(error))
+        errors = [text if i == 0 else f"process {i}: {text}" for i, text in found if text is not None]
+        return errors[0] if errors else None
+
+    def _write_model(self, partial: Path, weights: Tree, certified: Tree) -> None:
+        model = partial / PRETRAINED_MODEL
+        if self._lora is not None:
+            weights["params"] = whole_precision(weights["params"])
+        self._policy.replace(**weights).save_pretrained(model, certified)
+        for dataset, variant in self._variants.items():
+            variant.save_processors(model / DATASETS / dataset)
+        write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
+        if self._lora is not None:
+            self._write_adapters(partial / ADAPTER, weights, self._lora)
 
     def _write_adapters(self, folder: Path, weights: Tree, lora: Lora) -> None:
         """Write what stock LeRobot writes of a policy with PEFT's adapters."""
@@ -137,7 +171,7 @@ class CheckpointWriter:
 
     def remove_old(self) -> None:
         """Remove checkpoints that are neither among the last ones, nor the best, nor what all seeds go on from."""
-        if self._config.keep_last == 0:
+        if self._config.keep_last == 0 or not distributed.is_first():
             return
         best = self._folder / "best"
         kept = {f"{step:06d}" for step in common_steps(self._together)[-1:]}
@@ -150,13 +184,13 @@ class CheckpointWriter:
                 old.rename(doomed)  # first out of sight, so that no half of it is ever seen
                 remove(doomed)
 
-    def _check_space(self, partial: Path, *trees: Tree) -> None:
+    def _check_space(self, *trees: Tree) -> None:
         needed = sum(leaf.nbytes for tree in trees for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise OSError(f"No space left on device: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
-    def _failure(self, name: str, error: Exception) -> str:
+    def _failure(self, name: str, error: str) -> str:
         steps = saved_steps(self._config.run_dir)
         last = f"the last good one is {steps[-1]:06d}" if steps else "there is none yet"
         return (

@@ -228,6 +228,10 @@ class TrainConfig:
     """Fine-tune with adapters (LoRA): any of its settings turns it on."""
     freeze: tuple[str, ...] = ()
     """Regular expressions for the beginnings of dotted names of parameters that are not trained."""
+    distributed: str = "auto"
+    """Several processes, one a machine or more: auto finds them in the environment (SLURM, Open MPI, a TPU pod, or
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID); HOST:PORT,PROCESSES,INDEX names the address of
+    process 0, how many there are and which this is; off is one process in any case."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How the devices are arranged."""
     remat: Remat | None = None

@@ -16,3 +16,10 @@ def setup_logging() -> None:
     # Orbax and Grain report their inner life through the same logger.
     ours = str(Path(__file__).parent)
     handler.addFilter(lambda record: record.levelno > python_logging.INFO or record.pathname.startswith(ours))
+
+
+def only_warnings_of(process: int) -> None:
+    """Show nothing but warnings, headed by the number of the process: another one tells the rest."""
+    logging.set_verbosity(logging.WARNING)
+    form = f"%(asctime)s process {process}: %(message)s"
+    logging.get_absl_handler().setFormatter(python_logging.Formatter(form, datefmt="%H:%M:%S"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lerobot_jax import distributed
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 
@@ -17,9 +18,15 @@ class MetricsLog:
     """Appends records to a run's metrics.jsonl. Every record has a "step"."""
 
     def __init__(self, config: TrainConfig, first_step: int):
-        """Open the log; what a resumed run will compute again (records after `first_step`) is dropped."""
+        """Open the log; what a resumed run will compute again (records after `first_step`) is dropped.
+
+        Of several processes, the first one writes; those of the others have no records.
+        """
+        self._wandb, self.records = None, []
         self.path = config.run_dir / METRICS_NAME
         self._metric = config.best_metric or ("avg_max_reward" if config.env.type else "eval_loss")
+        if not distributed.is_first():
+            return
         self.records = [record for record in read_metrics(self.path) if record["step"] <= first_step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -27,6 +34,8 @@ class MetricsLog:
         self._wandb = _start_wandb(config) if config.wandb.enable else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not distributed.is_first():
+            return
         record = {"step": step, **{name: float(f"{value:.8g}") for name, value in values.items()}}
         self.records.append(record)
         with self.path.open("a") as file:

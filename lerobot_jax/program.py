@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lerobot_jax import adapter_folder, averaging, lora, optim, sharding, trainable
+from lerobot_jax import adapter_folder, averaging, distributed, lora, optim, sharding, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
@@ -82,6 +82,11 @@ class Program:
         self._eval_loss = self.execution(
             self.layout.over_seeds(make_eval_loss(self.policy, preprocess), (0, None, 0, None))
         )
+
+    @property
+    def batch_placement(self) -> sharding.BatchPlacement:
+        """Where batches lie on the devices, and what this process reads of each forward pass's samples."""
+        return sharding.BatchPlacement.of(self.batch_sharding, self.config.batch_size)
 
     @property
     def samples_per_step(self) -> int:
@@ -182,6 +187,10 @@ def _shapes(batch: Tree) -> Tree:
 
 
 def _check_mesh(config: TrainConfig, policy: FunctionalPolicy, mesh: Mesh) -> None:
+    if config.num_seeds > 1 and distributed.group is not None:
+        raise InputError(
+            f"num_seeds={config.num_seeds} works with one process only; start a run for each seed instead"
+        )
     if config.num_seeds > 1 and (mesh.shape["fsdp"], mesh.shape["tensor"]) != (1, 1):
         raise InputError(
             f"num_seeds={config.num_seeds} works with mesh.fsdp=1 and mesh.tensor=1 only: several seeds are split "

@@ -84,11 +84,11 @@ class SeedLayout:
             )
         return sharding.batch_sharding(self.mesh, batch_size, axis + len(self.lead))
 
-    def shared_batch(self, batch_size: int) -> NamedSharding:
+    def shared_batch(self, batch_size: int) -> sharding.BatchPlacement:
         """Where a batch lies that is the same for all seeds; it may be one that cannot be divided."""
-        if self.is_split or batch_size % sharding.num_batch_parts(self.mesh):
-            return self.replicated
-        return sharding.batch_sharding(self.mesh, batch_size)
+        is_whole = self.is_split or batch_size % sharding.num_batch_parts(self.mesh)
+        where = self.replicated if is_whole else sharding.batch_sharding(self.mesh, batch_size)
+        return sharding.BatchPlacement.of(where, batch_size)
 
     def over_seeds(self, function: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
         """Make a function of one seed's arrays one of all seeds' arrays.

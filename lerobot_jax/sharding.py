@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lerobot_jax import distributed
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import BATCH_AXES, Execution
 from lerobot_jax.nn.weights import is_stacked
@@ -98,6 +99,55 @@ def batch_sharding(mesh: Mesh, batch_size: int, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchPlacement:
+    """Where batches lie, and which of their samples this process reads: those that its devices need.
+
+    Attributes:
+        sharding: that of the arrays; the last axis it names is the samples'.
+        size: how many samples they have along that axis.
+        rows: which of them this process reads, in order.
+    """
+
+    sharding: NamedSharding
+    size: int
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, sharding: NamedSharding, size: int) -> "BatchPlacement":
+        """Find the rows that this process needs."""
+        if jax.process_count() == 1:
+            return cls(sharding, size, np.arange(size))
+        samples = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[-1:]))
+        wanted = np.zeros(size, bool)
+        for index in samples.addressable_devices_indices_map((size,)).values():
+            wanted[index] = True
+        return cls(sharding, size, np.flatnonzero(wanted))
+
+    def rows_of_step(self, num: int) -> np.ndarray:
+        """Give the rows to read of so many batches that follow one another."""
+        return np.concatenate([i * self.size + self.rows for i in range(num)])
+
+    def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Make arrays of the whole batch on the devices, of what this process has of it, or of such arrays."""
+        if jax.process_count() == 1:
+            return jax.device_put(batch, self.sharding)
+        return {key: self._put(value) for key, value in batch.items()}
+
+    def _put(self, value: Any) -> jax.Array:
+        if isinstance(value, jax.Array):
+            return jax.device_put(value, self.sharding)
+        axis = max(len(self.sharding.spec) - 1, 0)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[axis].indices(self.size)
+            first = np.searchsorted(self.rows, start)
+            return value[(*index[:axis], slice(first, first + stop - start))]
+
+        shape = (*value.shape[:axis], self.size, *value.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, self.sharding, part)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Keep a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -126,8 +176,32 @@ def place(tree: Any, shardings: Any) -> Any:
     """Put arrays that every process has whole where they belong; each device gets its part only."""
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(array, jax.Array) and not isinstance(array, np.ndarray):
+        if isinstance(array, jax.Array) and (jax.process_count() == 1 or not array.is_fully_addressable):
             return jax.device_put(array, sharding)
+        array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def local_copy(tree: Any) -> Any:
+    """Give arrays that process 0 can use by itself; the others get None and wait for nothing else."""
+    return tree if jax.process_count() == 1 else to_host(tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Copy arrays to the memory of process 0, one after another; all processes take part, the others get None.
+
+    The devices need room for one more whole array, not for all of them.
+    """
+
+    def copy(array: jax.Array) -> np.ndarray | None:
+        if not (array.is_fully_addressable or array.is_fully_replicated):
+            assert isinstance(array.sharding, NamedSharding)
+            assert isinstance(array.sharding.mesh, Mesh)
+            array = jax.device_put(array, replicated(array.sharding.mesh))
+            array.block_until_ready()
+        # Copied, not viewed: the memory of the array may be used again.
+        return np.array(array, copy=True) if distributed.is_first() else None
+
+    return jax.tree.map(copy, tree)

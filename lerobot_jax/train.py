@@ -8,8 +8,8 @@ SIGTERM save a checkpoint before they end the run. Mirrors `lerobot.scripts.lero
 
 import contextlib
 import dataclasses
+import functools
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lerobot_jax import checkpoint, sharding, training_data
+from lerobot_jax import checkpoint, distributed, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.compilation import compiling, keep_compiled_programs
 from lerobot_jax.config import TrainConfig, load_config
 from lerobot_jax.data import loader
+from lerobot_jax.data.samples import DeviceRows
 from lerobot_jax.data.streaming import StreamedSamples
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.eval import EVAL_INFO_NAME, check_environment, describe, evaluate
-from lerobot_jax.features import ACTION
 from lerobot_jax.files import write_json
 from lerobot_jax.layer_decay import describe_layers
 from lerobot_jax.logs import setup_logging
@@ -41,6 +41,8 @@ from lerobot_jax.push_to_hub import check_before_training, push_to_hub
 from lerobot_jax.rollout import Runner
 from lerobot_jax.seed_summary import summarize
 from lerobot_jax.seeds import SeedLayout
+from lerobot_jax.sharding import BatchPlacement
+from lerobot_jax.stop import StopRequest
 from lerobot_jax.train_step import mean_metrics
 from lerobot_jax.trainable import weights_of
 from lerobot_jax.visualize import plot_curves
@@ -51,19 +53,24 @@ Tree = dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     # Everything that can be wrong with the input is checked before the run's folder is made.
-    config = checkpoint.open_run(load_config(argv))
-    if config.policy.push_to_hub:
+    config = load_config(argv)
+    distributed.start(config.distributed, functools.partial(checkpoint.how_to_go_on, config))
+    is_first = distributed.is_first()  # of several processes, this one logs and writes
+    config = checkpoint.open_run(config)
+    if config.policy.push_to_hub and is_first:
         check_before_training(config)
-    sources = training_data.open_sources(config)
+    with distributed.first_alone():  # what it makes or downloads, the others find
+        sources = training_data.open_sources(config)
     # What comes from the Hub is pinned: the run keeps to these commits.
     revisions = [source.meta.revision or source.config.revision for source in sources]
     config = dataclasses.replace(config, dataset=config.dataset.pinned(revisions))
+    distributed.check_same(config.to_dict(), free=checkpoint.FREE_FOR_EACH_PROCESS)
     runs = config.runs  # one for each seed; they differ in nothing but the seed and the folder
     policies = training_data.build_policies(config, sources)
     policy = policies[0]
     if config.env.type is not None:
         check_environment(policy.config, config.env)
-    if config.wandb.enable:
+    if config.wandb.enable and is_first:
         import_wandb()
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config, policies, [source.name for source in sources], mesh)
@@ -106,18 +113,21 @@ def main(argv: Sequence[str]) -> None:
         logging.info("%s", describe_layers(decay, config.policy, params))
 
     # Batches, and the compiled step
+    placement, micro = program.batch_placement, config.gradient_accumulation_steps
+    reads_part = not isinstance(samples, DeviceRows)  # of the batch; these are on the devices already
     batches = loader.training_batches(
         samples,
         batch_size,
+        rows=placement.rows_of_step(micro) if reads_part else None,
         first_step=first_step,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor,
     )
-    if config.gradient_accumulation_steps > 1:
-        shape = (*layout.lead, config.gradient_accumulation_steps, config.batch_size)
+    if micro > 1:
+        shape = (*layout.lead, micro, -1)
         rest = len(layout.lead) + 1
         batches = ({k: v.reshape(*shape, *v.shape[rest:]) for k, v in batch.items()} for batch in batches)
-    batches = loader.prefetch_to_device(batches, program.batch_sharding)
+    batches = loader.prefetch_to_device(batches, placement)
     batch = next(batches)
     with compiling("the train step"):
         train_step = program.trace_step(batch).lower().compile()
@@ -126,8 +136,10 @@ def main(argv: Sequence[str]) -> None:
     eval_loss = program.eval_loss()
     runner = policy.make_runner(config.eval.num_envs, config.seed)
     if config.env.type and config.env_eval_freq:
-        runner.load(**layout.take(weights_of(state), 0), seed=config.seed)
-        runner.compile()
+        whole = sharding.local_copy(layout.take(weights_of(state), 0))
+        if is_first:
+            runner.load(**whole, seed=config.seed)
+            runner.compile()
 
     # The loop
     logs = [MetricsLog(run, first_step) for run in runs]
@@ -144,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     stream = samples if isinstance(samples, StreamedSamples) else contextlib.nullcontext()
     progress = progress_bar("training", config.steps, "step", initial=first_step)
     with StopRequest() as stop, stream, progress as bar:
-        while step < config.steps and not stop.signal:
+        while not (is_stopped := stop.due(step)) and step < config.steps:
             state, metrics = train_step(state, batch, step_key)
             step += 1
             waiting = time.monotonic()
@@ -183,23 +195,26 @@ def main(argv: Sequence[str]) -> None:
             weights = weights_of(state)
             is_best = [False] * len(runs)
             if evaluates:
-                held_out = training_data.held_out_batches(config, sources, policy, samples)
+                held_out = training_data.held_out_batches(
+                    config, sources, policy, samples, layout.shared_batch
+                )
                 losses = held_out_losses(eval_loss, weights, held_out, eval_key, layout)
                 is_best = [log.write_scored(step, each) for log, each in zip(logs, losses, strict=True)]
             for i, (run, log) in enumerate(zip(runs, logs, strict=True)) if simulates else ():
-                runner.load(**layout.take(weights, i), seed=run.seed)
-                info = simulate(runner, run, step, stop)
+                whole = sharding.local_copy(layout.take(weights, i))
+                info = simulate(runner, whole, run, step, stop) if is_first else None
                 if info is not None:
                     bar.write(f"{run.name}, seed {run.seed}, step {step}: {describe(info)}")
                     numbers = {k: v for k, v in info["overall"].items() if isinstance(v, int | float)}
                     is_best[i] |= log.write_scored(step, numbers)
+            is_best = distributed.from_first(is_best)
             for i, (run, writer) in enumerate(zip(runs, writers, strict=True)):
                 if config.save_checkpoint and (saves or is_best[i]):
                     save(writer, run, step, layout.take(state, i), is_best=is_best[i])
-            if config.save_checkpoint and (saves or any(is_best)) and step < config.steps:
+            if config.save_checkpoint and (saves or any(is_best)) and step < config.steps and is_first:
                 plot_curves(config.run_dir)
             since += time.monotonic() - paused
-        if stop.signal and config.save_checkpoint:
+        if is_stopped and config.save_checkpoint:
             for i, (run, writer) in enumerate(zip(runs, writers, strict=True)):
                 save(writer, run, step, layout.take(state, i), is_best=False)
     for log, writer in zip(logs, writers, strict=True):
@@ -207,18 +222,18 @@ def main(argv: Sequence[str]) -> None:
         log.close()
     for writer in writers:  # what was kept until all seeds had a later one
         writer.remove_old()
-    for folder in {config.run_dir, *(run.run_dir for run in runs)}:
+    for folder in {config.run_dir, *(run.run_dir for run in runs)} if is_first else ():
         plot_curves(folder)
     if len(runs) > 1:
         logging.info("%s", summarize(runs, config.run_dir))
-    if stop.signal:
+    if is_stopped:
         logging.info("stopped at step %d; continue with --config.resume=True", step)
         sys.exit(128 + stop.signal)
     last = config.run_dir / checkpoint.CHECKPOINTS / "last" / checkpoint.PRETRAINED_MODEL
     place = f"the policy is in {last}" if len(runs) == 1 else f"the policies are in {config.run_dir}/seed_*"
     saved = place if config.save_checkpoint else "no policy was saved, as you wished"
     logging.info("done: %s, the curves are in %s", saved, config.run_dir / "curves.png")
-    if config.policy.push_to_hub:
+    if config.policy.push_to_hub and is_first:
         repo_id, private = config.policy.repo_id, config.policy.private
         assert repo_id is not None
         logging.info(
@@ -231,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
 def held_out_losses(
     eval_loss: Any,
     weights: Tree,
-    held_out: Mapping[str, Iterable[Tree]],
+    held_out: Mapping[str, Iterable[tuple[BatchPlacement, Tree]]],
     key: jax.Array,
     layout: SeedLayout,
 ) -> list[dict[str, float]]:
@@ -240,10 +255,9 @@ def held_out_losses(
     sizes: dict[str, int] = {}
     for name, batches in held_out.items():
         losses, counts = [], []
-        for i, batch in enumerate(batches):
-            counts.append(len(batch[ACTION]))
-            batch = jax.device_put(batch, layout.shared_batch(counts[-1]))
-            losses.append(eval_loss(weights, batch, key, i))
+        for i, (placement, part) in enumerate(batches):
+            counts.append(placement.size)
+            losses.append(eval_loss(weights, placement.put(part), key, i))
             if i:  # read the next batch while the devices work, but no further ahead
                 jax.block_until_ready(losses[-2])
         sums[name] = np.dot(counts, np.reshape(jax.device_get(losses), (-1, layout.num)))  # one a seed
@@ -254,8 +268,11 @@ def held_out_losses(
     return [{name: float(values[i]) for name, values in means.items()} for i in range(layout.num)]
 
 
-def simulate(runner: Runner, run: TrainConfig, step: int, stop: "StopRequest") -> dict[str, Any] | None:
+def simulate(
+    runner: Runner, weights: Tree, run: TrainConfig, step: int, stop: StopRequest
+) -> dict[str, Any] | None:
     """Evaluate a seed's policy in the environment; None when stopped."""
+    runner.load(**weights, seed=run.seed)
     folder = run.run_dir / "eval" / f"step_{step:06d}"
     info = evaluate(runner, run.env, run.eval, seed=run.seed, output_dir=folder, should_stop=stop.requested)
     if info is not None:
@@ -287,30 +304,7 @@ def check_finite(value: float | jax.Array, what: str, step: int, config: TrainCo
         )
 
 
-class StopRequest:
-    """Notes Ctrl-C and SIGTERM, so that the run can save and end in order; a second Ctrl-C ends it at once."""
-
-    signal = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        logging.info("stopping after this step, to save a checkpoint; once more to stop at once")
-
-    def requested(self) -> bool:
-        return bool(self.signal)
-
-
 if __name__ == "__main__":
     setup_logging()
-    with reported_on_one_line():
+    with reported_on_one_line(), distributed.ended_together():
         main(sys.argv[1:])

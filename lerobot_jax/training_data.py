@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Shaped
 
-from lerobot_jax import hub
+from lerobot_jax import distributed, hub
 from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data import loader, mixture, tables
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
@@ -32,6 +32,7 @@ from lerobot_jax.features import (
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.sharding import BatchPlacement
 from lerobot_jax.transforms import check_sizes, final_size
 
 IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -462,7 +463,7 @@ def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
     settings, mode = config.dataset, config.dataset.frame_mode
     needed = sum(device_bytes(source.dataset) for source in sources)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    fits = 0 < needed <= DEVICE_SHARE * memory
+    fits = distributed.from_first(0 < needed <= DEVICE_SHARE * memory)
     on_device = mode == "device" or (mode == "auto" and fits and not settings.mixture)
     if mode == "device" and settings.mixture:
         raise InputError("dataset.frame_mode=device works with one dataset, not with a mixture; use cache")
@@ -487,27 +488,50 @@ def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
 
 
 def held_out_batches(
-    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, samples: Samples
-) -> dict[str, Iterator[Batch]]:
-    """Give each dataset's held-out samples, once and in order, as they come in training."""
+    config: TrainConfig,
+    sources: Sequence[Source],
+    policy: FunctionalPolicy,
+    samples: Samples,
+    place: Callable[[int], BatchPlacement],
+) -> dict[str, Iterator[tuple[BatchPlacement, Batch]]]:
+    """Give each dataset's held-out samples, once and in order, as they come in training.
+
+    Args:
+        config: the run's.
+        sources: its datasets.
+        policy: tells what a sample has.
+        samples: those of training.
+        place: tells where a batch of so many samples lies; this process gets what it needs of it.
+    """
     found = {}
     for i, source in enumerate(sources):
         if isinstance(samples, StreamedSamples):
-            batches = samples.validation_batches(
+            whole = samples.validation_batches(
                 source.held_out_episodes, config.batch_size, config.max_eval_samples
             )
+            batches = _parts(whole, place)
         else:
             rows = source.dataset.first_rows(source.held_out_episodes, config.max_eval_samples)
             keys = batch_keys(policy, source)
-            batches = loader.validation_batches(source.dataset, rows, keys, config.batch_size)
+            batches = loader.validation_batches(source.dataset, rows, keys, config.batch_size, place)
         if config.dataset.mixture:
             batches = _marked(batches, _feature_map(policy, source), i)
         found[source.name] = batches
     return found
 
 
-def _marked(batches: Iterator[Batch], to_policy: mixture.FeatureMap, number: int) -> Iterator[Batch]:
+def _parts(
+    batches: Iterator[Batch], place: Callable[[int], BatchPlacement]
+) -> Iterator[tuple[BatchPlacement, Batch]]:
+    """Give of whole batches what this process needs."""
     for batch in batches:
-        mapped = to_policy(batch)
-        size = len(next(iter(mapped.values())))
-        yield mapped | {mixture.DATASET_INDEX: np.full(size, number)}
+        placement = place(len(batch[ACTION]))
+        yield placement, {key: value[placement.rows] for key, value in batch.items()}
+
+
+def _marked(
+    batches: Iterator[tuple[BatchPlacement, Batch]], to_policy: mixture.FeatureMap, number: int
+) -> Iterator[tuple[BatchPlacement, Batch]]:
+    for placement, batch in batches:
+        marked = {mixture.DATASET_INDEX: np.full(len(placement.rows), number)}
+        yield placement, to_policy(batch) | marked

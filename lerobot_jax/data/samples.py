@@ -18,6 +18,7 @@ from jaxtyping import Int
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.features import TASK
 from lerobot_jax.progress import progress_bar
+from lerobot_jax.sharding import place
 
 Batch = dict[str, Any]
 UPLOAD_BYTES = 64_000_000  # frames travel to the devices in pieces of about this size
@@ -153,21 +154,21 @@ def _copy_to_devices(
     }
     values = {key: column for key, column in dataset.columns.items() if key in keys}
     arrays = {
-        "bounds": {name: jax.device_put(x.astype(np.int32), whole) for name, x in bounds.items()},
-        "row_of": {"place": jax.device_put(dataset.row_of_place.astype(np.int32), whole)},
-        "values": {key: jax.device_put(column, whole) for key, column in values.items()},
+        "bounds": {name: place(x.astype(np.int32), whole) for name, x in bounds.items()},
+        "row_of": {"place": place(dataset.row_of_place.astype(np.int32), whole)},
+        "values": {key: place(column, whole) for key, column in values.items()},
     }
     cameras = {key: camera for key, camera in dataset.cameras.items() if key in keys}
     with progress_bar("frames to the device", len(dataset) * len(cameras), "frame", delay=1) as bar:
         for key, camera in cameras.items():
-            place = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnames="axis", donate_argnums=0)
+            write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnames="axis", donate_argnums=0)
             frames = jax.jit(
                 lambda shape=camera.shape: jnp.zeros((len(dataset), *shape), jnp.uint8), out_shardings=whole
             )()
             step = max(1, UPLOAD_BYTES // int(np.prod(camera.shape)))
             for first in range(0, len(dataset), step):
                 some = camera.read(np.arange(first, min(first + step, len(dataset))))
-                frames = place(frames, jax.device_put(some, whole), first, axis=0)
+                frames = write(frames, place(some, whole), first, axis=0)
                 bar.update(len(some))
             arrays["values"][key] = frames
     return arrays

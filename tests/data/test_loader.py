@@ -1,6 +1,8 @@
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ def dataset(tmp_path_factory) -> LeRobotDataset:
 
 
 def batches(samples: Samples, num: int, **changes) -> list[dict]:
-    settings = {"first_step": 0, "num_workers": 2, "prefetch_factor": 2} | changes
+    settings: dict[str, Any] = {"first_step": 0, "num_workers": 2, "prefetch_factor": 2} | changes
     return list(itertools.islice(loader.training_batches(samples, 5, **settings), num))
 
 
@@ -85,8 +87,11 @@ def test_batches_of_several_seeds_are_those_of_each(dataset: LeRobotDataset):
 
 
 def test_validation_batches_cover_the_rows_once(dataset: LeRobotDataset):
-    found = list(loader.validation_batches(dataset, np.arange(2, 9), KEYS, batch_size=3))
-    assert indices(found) == [[2, 3, 4], [5, 6, 7], [8]]
+    whole = sharding.replicated(sharding.make_mesh())
+    place = functools.partial(sharding.BatchPlacement.of, whole)
+    found = list(loader.validation_batches(dataset, np.arange(2, 9), KEYS, 3, place))
+    assert [placement.size for placement, _ in found] == [3, 3, 1]
+    assert indices([batch for _, batch in found]) == [[2, 3, 4], [5, 6, 7], [8]]
 
 
 def test_errors_of_reading_threads_reach_the_caller():
@@ -102,7 +107,8 @@ def test_batches_are_split_over_the_devices(dataset: LeRobotDataset):
     mesh = sharding.make_mesh()
     assert mesh.size == 8
     source: Iterator[dict] = iter([{"x": np.arange(16).reshape(16, 1)} for _ in range(3)])
-    placed = list(loader.prefetch_to_device(source, sharding.batch_sharding(mesh, 16)))
+    placement = sharding.BatchPlacement.of(sharding.batch_sharding(mesh, 16), 16)
+    placed = list(loader.prefetch_to_device(source, placement))
     assert len(placed) == 3
     assert placed[0]["x"].addressable_shards[0].data.shape == (2, 1)
     np.testing.assert_array_equal(jax.device_get(placed[2]["x"]), np.arange(16).reshape(16, 1))

@@ -111,8 +111,10 @@ def seen_tokens(config: TrainConfig, batch_size: int = 32) -> tuple[dict[str, An
     samples = training_data.training_samples(config, sources, policies[0], whole, split)
     batch = samples.read(np.arange(batch_size))
     preprocess = jax.jit(train.make_preprocess(policies, is_mixture=bool(config.dataset.mixture)))
-    held_out = training_data.held_out_batches(config, sources, policies[0], samples)
-    batches = [batch, *(next(iter(batches)) for batches in held_out.values())]
+    held_out = training_data.held_out_batches(
+        config, sources, policies[0], samples, functools.partial(sharding.BatchPlacement.of, whole)
+    )
+    batches = [batch, *(next(iter(batches))[1] for batches in held_out.values())]
     seen = [preprocess(batch) for batch in batches]
     which = [np.asarray(b.get("dataset_index", np.zeros(len(b[ACTION]), int))) for b in batches]
     tasks = [
