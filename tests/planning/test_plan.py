@@ -94,8 +94,8 @@ def test_a_plan_for_tpus_and_their_largest_batch(recipe: str, tmp_path: Path, ca
 @needs_libtpu
 def test_what_does_not_fit_ends_with_its_own_code_and_says_by_how_much(recipe: str, tmp_path: Path, capfd):
     path = tmp_path / "plan.json"
+    arguments = ["--topology=v5e:2x2", "--largest_batch=False", "--config.batch_size=8000000"]
     with pytest.raises(SystemExit) as ended:
-        arguments = ["--topology=v5e:2x2", "--largest_batch=False", "--config.batch_size=8000000"]
         plan.main([f"--config={recipe}", f"--json={path}", *arguments])
     assert ended.value.code == plan.DOES_NOT_FIT
     found = json.loads(path.read_text())
