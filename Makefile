@@ -28,7 +28,7 @@ lint: install
 # minutes), or one that you have and name by LEROBOT_PYTHON=.../bin/python.
 LEROBOT_ENV ?= $(HOME)/.cache/lerobot_jax/lerobot-0.6.1
 LEROBOT_PYTHON ?= $(LEROBOT_ENV)/bin/python
-LEROBOT := lerobot[dataset,training,evaluation,diffusion,multi-task-dit,pusht,feetech]==0.6.1
+LEROBOT := lerobot[dataset,training,evaluation,diffusion,multi-task-dit,peft,pusht,feetech]==0.6.1
 # pyenv's python3.12 is there but does not run where another version is chosen.
 PYTHON312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null \
 	|| ls $$(pyenv prefix $$(pyenv latest 3.12 2>/dev/null) 2>/dev/null)/bin/python3.12 2>/dev/null)

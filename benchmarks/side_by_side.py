@@ -5,14 +5,12 @@ Each side is a process of its own: lerobot_jax in this Python, stock LeRobot in 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from turns import Program, serve, take_turns
 
 SIDES = ("lerobot_jax", "lerobot")
 # Gives a function that does the work so many times, for the policy's name, the batch size and settings.
@@ -56,7 +54,10 @@ def main(
     args = parser.parse_args()
     settings = options[args.policy] | args.options
     if args.serve:
-        return _serve(work[args.serve], args.policy, args.batch_size, settings)
+        settings = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+        }
+        return serve(lambda: work[args.serve](args.policy, args.batch_size, **settings))
     if not args.lerobot_python:
         parser.error("--lerobot_python is needed: the Python of an environment with lerobot==0.6.1")
 
@@ -67,7 +68,7 @@ def main(
         f"--options={json.dumps(args.options)}",
     ]
     commands = [[pythons[side], script.__file__, f"--serve={side}", *arguments] for side in SIDES]
-    milliseconds = _take_turns(commands, args.rounds, args.steps)
+    milliseconds = take_turns([[Program(command)] for command in commands], args.rounds, args.steps)
     print(f"{args.policy} {what}, batch {args.batch_size}, one 96x96 camera, {settings or 'default sizes'}")
     print(
         f"{'':12} {'min':>9} {'median':>9} {'max':>9}   ms a {what}, {args.rounds} turns of {args.steps} {what}s"
@@ -77,38 +78,3 @@ def main(
     ours, stock = milliseconds
     print(f"lerobot_jax / lerobot: {np.median(ours / stock):.2f} of its time (median over turns)")
     return None
-
-
-def _take_turns(commands: Sequence[Sequence[str]], rounds: int, count: int) -> list[np.ndarray]:
-    """Start the processes; give the milliseconds of one repetition, for each turn of each process."""
-    processes = []
-    for command in commands:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise SystemExit(f"{command[0]} did not start: see above")
-        processes.append((process, process.stdin, process.stdout))
-    milliseconds: list[list[float]] = [[] for _ in processes]
-    for _ in range(rounds):
-        for (_, questions, answers), values in zip(processes, milliseconds, strict=True):
-            questions.write(f"{count}\n")
-            questions.flush()
-            values.append(float(answers.readline()) / count * 1e3)
-    for process, _, _ in processes:
-        process.communicate()
-    return [np.array(values) for values in milliseconds]
-
-
-def _serve(make_work: MakeWork, name: str, batch_size: int, options: dict[str, Any]) -> None:
-    """Read how often to do the work, write how long it took, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    run = make_work(name, batch_size, **options)
-    run(3)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        run(int(line))
-        print(time.perf_counter() - start, file=answers, flush=True)

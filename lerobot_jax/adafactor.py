@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lerobot_jax.torch_state import is_stacked
+from lerobot_jax.nn.weights import is_stacked
 
 Tree = dict[str, Any]
 

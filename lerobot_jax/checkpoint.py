@@ -4,6 +4,7 @@
       train_config.json  metrics.jsonl  curves.png  eval/
       checkpoints/005000/pretrained_model/   what stock LeRobot loads
       checkpoints/005000/training_state/     what a resumed run continues from
+      checkpoints/005000/adapter/            with LoRA: the adapters alone, for PEFT
       checkpoints/last -> 005000, checkpoints/best -> 004000
 
 With several seeds, each has such a folder, outputs/<job>/seed_<seed>/, beside the train_config.json of them all.
@@ -22,8 +23,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lerobot_jax import optim
+from lerobot_jax import lora, optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import read_json, write_json
@@ -31,10 +33,14 @@ from lerobot_jax.optim_config import EMAConfig, SWAConfig
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import CONFIG_NAME
 from lerobot_jax.processors import PREPROCESSOR_NAME, load_pipelines
+from lerobot_jax.trainable import combine
 
 Tree = dict[str, Any]
 
 CHECKPOINTS, PRETRAINED_MODEL, TRAINING_STATE = "checkpoints", "pretrained_model", "training_state"
+ADAPTER = (
+    "adapter"  # beside pretrained_model of a run with LoRA: PEFT's adapters, as stock LeRobot writes them
+)
 DATASETS = "datasets"  # in pretrained_model of a run on a mixture: the processors for each dataset
 TRAIN_CONFIG_NAME = "train_config.json"
 # What may differ between a run and its continuation without changing what is computed up to the same step.
@@ -68,7 +74,7 @@ FREE_ON_RESUME = (
     "policy.license",
 )
 # What runs had that began before there was such a setting.
-_NEW_SETTINGS = {"num_seeds": 1, "freeze": []}
+_NEW_SETTINGS = {"num_seeds": 1, "freeze": [], "peft": None, "sample_weighting": None}
 _NEW_SETTINGS |= {"ema": dataclasses.asdict(EMAConfig()), "swa": dataclasses.asdict(SWAConfig())}
 
 
@@ -256,14 +262,19 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
     target: Tree = {"params": params, "buffers": buffers}
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            has_ema = "ema" in checkpointer.metadata(folder.resolve()).item_metadata.tree
+            stored = checkpointer.metadata(folder.resolve()).item_metadata.tree
+            has_ema = "ema" in stored
             if which == "ema" and not has_ema:
                 raise InputError(
                     f"{folder} has no averaged weights: the run had neither ema_decay nor swa.start; "
                     "use --weights=raw"
                 )
             is_averaged = has_ema and which != "raw"
+            if "frozen" in stored:  # what is trained is a part of the policy, or adapters
+                target["params"] = _stored_shapes(stored["params"], params)
             target = {"ema": target} if is_averaged else target
+            if "frozen" in stored:
+                target["frozen"] = _stored_shapes(stored["frozen"], params)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
             restored = checkpointer.restore(
                 folder.resolve(),
@@ -273,7 +284,23 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise InputError(f"{folder}: damaged, or not of this policy ({_shortened(error)})") from None
-    return policy.replace(**(restored["ema"] if is_averaged else restored))
+    frozen = restored.pop("frozen", {})
+    weights = restored["ema"] if is_averaged else restored
+    weights["params"] = lora.merged(lora.whole_precision(combine(weights["params"], frozen)))
+    if jax.tree.map(np.shape, weights["params"]) != jax.tree.map(lambda x: x.shape, params):
+        raise InputError(f"{folder}: not of this policy")
+    return policy.replace(**weights)
+
+
+def _stored_shapes(stored: Tree, params: Tree) -> Tree:
+    """Give the shapes of stored arrays under the policy's paths; Orbax keeps positions in lists as texts."""
+    paths = {tuple(map(str, path)): path for path in flatten_dict(params)}
+    found = {}
+    arrays: dict[Any, Any] = {**flatten_dict(stored)}
+    for path, x in arrays.items():
+        place = paths.get(path) or (*paths[path[:-1]], path[-1])  # or a part of a `LoraWeight`
+        found[place] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return unflatten_dict(found)
 
 
 def _shortened(error: Exception) -> str:

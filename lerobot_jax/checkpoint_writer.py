@@ -1,5 +1,6 @@
 """Saves checkpoints in the background: each appears whole by one rename; the last ones and the best are kept."""
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lerobot_jax import adapter_folder
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint import (
+    ADAPTER,
     CHECKPOINTS,
     DATASETS,
     PRETRAINED_MODEL,
@@ -25,6 +28,7 @@ from lerobot_jax.checkpoint import (
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import write_json
+from lerobot_jax.lora import Lora, whole_precision
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.trainable import weights_of
 
@@ -41,6 +45,7 @@ class CheckpointWriter:
         certifier: Certifier,
         variants: Mapping[str, FunctionalPolicy] | None = None,
         together: Sequence[TrainConfig] = (),
+        lora: Lora | None = None,
     ):
         """Args:
         config: the run's.
@@ -49,8 +54,10 @@ class CheckpointWriter:
         variants: in a mixture, the same policy with the processors for each dataset, by the dataset's name.
         together: the runs of all seeds that are resumed together, this one among them; from the last checkpoint
             that they all have, which is kept.
+        lora: the adapters that the run trains, if any.
         """
         self._config, self._policy, self._certifier = config, policy, certifier
+        self._lora = lora
         self._variants, self._together = dict(variants or {}), together or [config]
         self._folder = config.run_dir.resolve() / CHECKPOINTS
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -76,6 +83,8 @@ class CheckpointWriter:
         certified = self._certifier.act(**weights)
         # Copied, not viewed: the next step reuses the memory of these arrays.
         weights = jax.tree.map(lambda x: np.array(x, copy=True), weights)
+        if self._lora is not None:
+            weights["params"] = whole_precision(weights["params"])
         self._thread = threading.Thread(
             target=self._finish, args=(partial, name, weights, certified, is_best)
         )
@@ -98,6 +107,8 @@ class CheckpointWriter:
                 for dataset, variant in self._variants.items():
                     variant.save_processors(model / DATASETS / dataset)
                 write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)
+                if self._lora is not None:
+                    self._write_adapters(partial / ADAPTER, weights, self._lora)
             finally:
                 self._orbax.wait_until_finished()
             _sync(partial)
@@ -106,6 +117,15 @@ class CheckpointWriter:
         except Exception as error:  # reported by the next wait()
             self._error = InputError(self._failure(name, error))
             remove(partial)
+
+    def _write_adapters(self, folder: Path, weights: Tree, lora: Lora) -> None:
+        """Write what stock LeRobot writes of a policy with PEFT's adapters."""
+        adapter_folder.write(folder, self._policy.module, lora, **weights)
+        dataclasses.replace(self._policy.config.exported(), use_peft=True).save(folder)
+        self._policy.save_processors(folder)
+        for dataset, variant in self._variants.items():
+            variant.save_processors(folder / DATASETS / dataset)
+        write_json(self._config.to_dict(), folder / TRAIN_CONFIG_NAME, indent=2)
 
     def _publish(self, name: str, is_best: bool) -> None:
         for link in ["last"] + ["best"] * is_best:

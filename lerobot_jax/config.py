@@ -17,9 +17,11 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from lerobot_jax.data.sample_weights import SampleWeightingConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import Remat
 from lerobot_jax.optim_config import EMAConfig, OptimizerConfig, SchedulerConfig, SWAConfig
+from lerobot_jax.peft_targets import PeftConfig
 from lerobot_jax.policies import base
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.config import PolicyConfig
@@ -220,6 +222,10 @@ class TrainConfig:
     """Samples a forward pass, over all devices."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer update; their gradients are averaged."""
+    sample_weighting: SampleWeightingConfig | None = None
+    """Weigh the samples in the loss; any of its settings turns it on."""
+    peft: PeftConfig | None = None
+    """Fine-tune with adapters (LoRA): any of its settings turns it on."""
     freeze: tuple[str, ...] = ()
     """Regular expressions for the beginnings of dotted names of parameters that are not trained."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -331,6 +337,9 @@ class TrainConfig:
         return data | {"policy": self.policy.to_dict() | self.policy.own_settings()}
 
 
+_OPTIONAL_PARTS: dict[str, type] = {"peft": PeftConfig, "sample_weighting": SampleWeightingConfig}
+
+
 def load_config(argv: Sequence[str]) -> TrainConfig:
     """Read `--config=recipe.py[:variant]`, then apply `--config.a.b=value` overrides.
 
@@ -355,6 +364,11 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         }
         policy = dataclasses.replace(policy, pretrained_path=path, **own)
         config = dataclasses.replace(config, policy=policy)
+    for name, kind in _OPTIONAL_PARTS.items():  # tyro has no options for what is None
+        if getattr(config, name) is None and any(
+            a.startswith((f"--config.{name}.", "-h", "--help")) for a in argv
+        ):
+            config = dataclasses.replace(config, **{name: kind()})
     overrides = list(argv)
     if recipe is not None:
         overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]

@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.state_dict import INDEX_NAME, MODEL_NAME, PICKLE_SUFFIXES
+from lerobot_jax.state_dict import ADAPTER_NAME, INDEX_NAME, MODEL_NAME, PICKLE_SUFFIXES
 
 # The Hub's library lets through what its HTTP client raises; which client that is depends on its version.
 _HTTP_ERROR = cast(type[Exception], huggingface_hub.errors.HfHubHTTPError.__mro__[1])
@@ -54,7 +54,7 @@ def fetch(
         repo_id: `user/name`.
         repo_type: "dataset" or "model".
         files: names, or patterns with `*`, of the files; the named ones must exist, but instead of
-            `model.safetensors` its index will do. If none has a `/`, only the top folder is looked at.
+            `model.safetensors` its index or adapters will do. If none has a `/`, only the top folder is looked at.
         revision: a branch, tag or commit.
         cache: the cache folder, the Hub's own by default.
         looked_at: a folder that was tried before, for the message.
@@ -79,8 +79,10 @@ def fetch(
         reason, remedy = explain(error)
     else:
         missing = [name for name in files if "*" not in name and not (folder / name).exists()]
-        asked_for_index = any(fnmatch.fnmatch(INDEX_NAME, pattern) for pattern in files)
-        if MODEL_NAME in missing and asked_for_index and (folder / INDEX_NAME).exists():
+        instead = [
+            name for name in (INDEX_NAME, ADAPTER_NAME) if any(fnmatch.fnmatch(name, p) for p in files)
+        ]
+        if MODEL_NAME in missing and any((folder / name).exists() for name in instead):
             missing.remove(MODEL_NAME)
         if not missing:
             return folder

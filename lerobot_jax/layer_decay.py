@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from lerobot_jax.errors import InputError
+from lerobot_jax.nn.weights import is_stacked
 from lerobot_jax.policies.config import PolicyConfig
-from lerobot_jax.torch_state import dotted_names, is_stacked
+from lerobot_jax.torch_state import dotted_names
 
 Tree = dict[str, Any]
 

@@ -294,6 +294,8 @@ def _training(settings: Mapping[str, Any], trained: TrainConfig | None, checkpoi
         notes.append("The dataset was read from a folder: name yours with `--config.dataset.root=FOLDER`.")
     if trained.policy.pretrained_path is not None and not is_hub_name(trained.policy.pretrained_path):
         notes.append("It began from weights in a local folder, written as `FOLDER` in the recipe.")
+    if trained.sample_weighting is not None and trained.sample_weighting.has_local_path:
+        notes.append("The task's progress was read from a local file, written as `FILE` in the recipe.")
     return text + (
         "\n\nTo repeat the run, save this recipe as `recipe.py`\n\n"
         f"```python\n{write_recipe(trained)}\n```\n\nand train with it:\n\n"

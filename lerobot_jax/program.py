@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lerobot_jax import averaging, optim, sharding, trainable
+from lerobot_jax import adapter_folder, averaging, lora, optim, sharding, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
@@ -28,6 +28,7 @@ class Program:
         config: the run's; `runs` its seeds.
         policy: the policy, without arrays.
         layout: how the seeds lie on the mesh.
+        lora: the adapters that are trained, if any.
         execution: the mesh and how layers use it.
         seed_state: shapes and shardings of the train state of one seed.
         state: those of all seeds.
@@ -60,15 +61,22 @@ class Program:
         self.batch_sharding = self.layout.batches(config.batch_size, axis=int(accumulation > 1))
         self.samples_sharding = self.layout.batches(self.samples_per_step)
 
+        self.lora = _find_lora(config, self.policy)
         self.init_shapes = jax.eval_shape(self.policy.init, jax.random.key(0))
-        trained, _ = trainable.split(config, self.init_shapes[0])
-        self.optimizer = optim.make_optimizer(config, trained, self.init_shapes[0])
+        if self.lora is not None:
+            params = jax.eval_shape(self.lora.attach, self.init_shapes[0], jax.random.key(0))
+            self.init_shapes = params, self.init_shapes[1]
+        trained, _ = self._split(self.init_shapes[0])
+        self.optimizer = optim.make_optimizer(config, trained, lora.as_dicts(self.init_shapes[0]))
         self.seed_state = self._placed(jax.eval_shape(self.make_state, *self.init_shapes))
         self.state = self.layout.stacked_shapes(self.seed_state)
 
         preprocess = make_preprocess(policies, is_mixture=bool(config.dataset.mixture))
         step = make_train_step(
-            make_loss(self.policy, preprocess, names), self.optimizer, config, self.policy.progress
+            make_loss(self.policy, preprocess, names, config.sample_weighting),
+            self.optimizer,
+            config,
+            self.policy.progress,
         )
         self._step = self.execution(self.layout.over_seeds(step, (0, 0, 0)))
         self._eval_loss = self.execution(
@@ -82,11 +90,11 @@ class Program:
 
     def make_state(self, params: Tree, buffers: Tree) -> Tree:
         """Make the train state of one seed: all that a step reads and changes."""
-        trained, frozen = trainable.split(self.config, params)
+        trained, frozen = self._split(params)
         state = {"step": jnp.zeros((), jnp.int32), "params": trained, "buffers": buffers}
         state["opt_state"] = self.optimizer.init(trained)
         if frozen:
-            state["frozen"] = frozen
+            state["frozen"] = frozen if self.lora is None else self.lora.halve(frozen)
         if averaging.is_averaged(self.config):
             state["ema"] = jax.tree.map(jnp.copy, {"params": trained, "buffers": buffers})
         return state
@@ -113,6 +121,11 @@ class Program:
             first = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
             drawn = [init(np.asarray(jax.random.key_data(key))) for key in first]
             arrays = [base.load_pretrained_parts(policy, *each) for each in drawn]
+        if self.lora is not None:
+            keys = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
+            arrays = [
+                (self.lora.attach(each[0], key), each[1]) for each, key in zip(arrays, keys, strict=True)
+            ]
         arrays = [sharding.place(each, where) for each in arrays]
         make_states = self.layout.over_seeds(self.make_state, (0, 0))
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
@@ -132,6 +145,9 @@ class Program:
         """Give `loss(weights, batch, key, i)`, a number for each seed."""
         return jax.jit(self._eval_loss, out_shardings=self.layout.metrics)
 
+    def _split(self, params: Tree) -> tuple[Tree, Tree]:
+        return trainable.split(self.config, params, None if self.lora is None else self.lora.whole)
+
     def _init(self, key_data: jax.Array) -> tuple[Tree, Tree]:
         return self.policy.init(jax.random.wrap_key_data(key_data))
 
@@ -146,6 +162,19 @@ class Program:
     def _key_shape(self) -> jax.ShapeDtypeStruct:
         key = jax.eval_shape(lambda: jax.random.key(0))
         return jax.ShapeDtypeStruct(self.layout.lead, key.dtype, sharding=self.layout.state)
+
+
+def _find_lora(config: TrainConfig, policy: FunctionalPolicy) -> lora.Lora | None:
+    if config.peft is not None:
+        return lora.plan(config.peft, config.policy, policy.module)
+    if not config.policy.use_peft:
+        return None
+    assert config.policy.pretrained_path is not None
+    folder = base.find_policy(config.policy.pretrained_path, config.policy.pretrained_revision)
+    adapters = adapter_folder.read(folder, policy.module)
+    if adapters.settings.get("lora_dropout"):
+        raise InputError(f"{folder}: adapters with lora_dropout cannot be trained on")
+    return lora.Lora.of(policy.module, adapters.settings, adapters.targets)
 
 
 def _shapes(batch: Tree) -> Tree:

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +33,11 @@ def _from_json(kind: Any, value: Any) -> Any:
         return tuple(_from_json(typing.get_args(sequence)[0], item) for item in value)
     if not isinstance(value, Mapping):
         return value
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return typing.cast(type, kind)(**{name: _from_json(hints[name], x) for name, x in value.items()})
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    part = next((each for each in kinds if dataclasses.is_dataclass(each)), None)
+    if part is not None:
+        hints = typing.get_type_hints(part)
+        return typing.cast(type, part)(**{name: _from_json(hints[name], x) for name, x in value.items()})
     return {name: _from_json(parts[-1], item) for name, item in value.items()}
 
 
@@ -50,9 +53,13 @@ def write_recipe(config: TrainConfig) -> str:
         license=None,
         pretrained_path="FOLDER" if is_local else config.policy.pretrained_path,
     )
+    weighting = config.sample_weighting
+    if weighting is not None and weighting.has_local_path:
+        weighting = dataclasses.replace(weighting, progress_path="FILE")
     config = dataclasses.replace(
         config,
         policy=policy,
+        sample_weighting=weighting,
         dataset=dataclasses.replace(
             config.dataset,
             root=None,

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import BATCH_AXES, Execution
-from lerobot_jax.nn.weights import STACKED
+from lerobot_jax.nn.weights import is_stacked
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -115,8 +115,8 @@ def state_shardings(execution: Execution, tree: Any) -> Any:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        is_stacked = STACKED in names and len(leaf.shape) > 0
-        spec = execution.partition(".".join(map(str, names)), leaf.shape, is_stacked=is_stacked)
+        name = ".".join(map(str, names))
+        spec = execution.partition(name, leaf.shape, is_stacked=is_stacked(name) and len(leaf.shape) > 0)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)

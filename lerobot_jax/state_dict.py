@@ -25,6 +25,7 @@ T = TypeVar("T")
 NUM_THREADS = 2  # two keep a disk busy; each holds an array or two
 MODEL_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_model.safetensors"  # of PEFT
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # The types that safetensors and numpy share, in the order in which the safetensors library stores arrays.
 DTYPES = {

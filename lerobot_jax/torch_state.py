@@ -92,7 +92,7 @@ def entries(module: nnx.Module) -> list[Entry]:
     """List the arrays that PyTorch's policy has for a module tree (of arrays or of shapes), layers in order."""
     own_paths = {path: i for i, path in enumerate(flatten_dict(nnx.to_pure_dict(nnx.state(module))))}
     found: dict[tuple[int, int | None], Entry] = {}
-    for entry in _walk(module, (), (), None):
+    for entry in _walk(module):
         same = found.get((id(entry.variable), entry.layer))
         if same is not None:  # one variable under two names: tied weights
             path = entry.path if entry.path in own_paths else same.path
@@ -101,21 +101,43 @@ def entries(module: nnx.Module) -> list[Entry]:
     return sorted(found.values(), key=lambda entry: own_paths[entry.path])
 
 
-def _walk(
-    module: nnx.Module, path: tuple[str | int, ...], names: tuple[str | int, ...], layer: int | None
-) -> Iterator[Entry]:
-    children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
-    layouts = next((rows for kind, rows in LAYOUTS.items() if isinstance(module, kind)), {})
-    for name, child in children:
+class Place(NamedTuple):
+    """A module of a tree, or one layer of it."""
+
+    module: nnx.Module
+    path: tuple[str | int, ...]
+    names: tuple[str | int, ...]  # in PyTorch
+    layer: int | None  # index into the leading axis of a stack of blocks
+
+
+def places(
+    module: nnx.Module,
+    path: tuple[str | int, ...] = (),
+    names: tuple[str | int, ...] = (),
+    layer: int | None = None,
+) -> Iterator[Place]:
+    """Give a module and all within it, a stack's layer by layer, in order."""
+    yield Place(module, path, names, layer)
+    for name, child in _children(module):
         if isinstance(child, Stack):
             for i in range(child.length):
-                yield from _walk(child.block, (*path, name, "block"), (*names, name, i), i)
+                yield from places(child.block, (*path, name, "block"), (*names, name, i), i)
         elif isinstance(child, nnx.Module):
-            yield from _walk(child, (*path, name), (*names, name), layer)
-        elif isinstance(child, nnx.Variable) and not isinstance(child, Counter):
-            layout = layouts.get(str(name)) or VARIABLE_LAYOUTS.get(str(name), Layout(str(name)))
-            key = ".".join(map(str, (*names, layout.torch_name)))
-            yield Entry((key,), (*path, name), layer, layout, child)
+            yield from places(child, (*path, name), (*names, name), layer)
+
+
+def _children(module: nnx.Module) -> Iterator[tuple[str | int, Any]]:
+    yield from enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
+
+
+def _walk(module: nnx.Module) -> Iterator[Entry]:
+    for place in places(module):
+        layouts = next((rows for kind, rows in LAYOUTS.items() if isinstance(place.module, kind)), {})
+        for name, child in _children(place.module):
+            if isinstance(child, nnx.Variable) and not isinstance(child, Counter):
+                layout = layouts.get(str(name)) or VARIABLE_LAYOUTS.get(str(name), Layout(str(name)))
+                key = ".".join(map(str, (*place.names, layout.torch_name)))
+                yield Entry((key,), (*place.path, name), place.layer, layout, child)
 
 
 def to_torch(module: nnx.Module, params: Tree, buffers: Tree) -> StateDict:
@@ -235,11 +257,3 @@ def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
 def dotted_names(tree: Tree) -> Tree:
     """Give a tree of the same structure that holds each leaf's dotted name, as used in parameter groups."""
     return jax.tree_util.tree_map_with_path(lambda path, _: ".".join(str(entry.key) for entry in path), tree)
-
-
-def is_stacked(name: str) -> bool:
-    """Tell by its dotted name whether an array has a leading axis of layers: it is in the `block` of a `Stack`.
-
-    What has numbers below a `block` is a list of that name.
-    """
-    return re.search(r"(^|\.)block\.(?!\d)", name) is not None

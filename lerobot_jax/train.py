@@ -84,6 +84,10 @@ def main(argv: Sequence[str]) -> None:
     policies = [each.replace(params={}, buffers={}) for each in policies]
     policy = policies[0]
     num_params = sum(x.size for x in jax.tree.leaves(program.init_shapes[0]))
+    if program.lora is not None:
+        num_trained = sum(x.size for x in jax.tree.leaves(program.seed_state["params"]))
+        num_adapters = len(program.lora.targets)
+        logging.info("LoRA: %d adapters; %s of the numbers are trained", num_adapters, f"{num_trained:,}")
     logging.info(
         "%s: %s policy with %s parameters%s, %d episodes with %d frames, batch %d on %d %s device(s)",
         config.run_dir,
@@ -127,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     variants = {source.name: each for source, each in zip(sources, policies, strict=True)}
     variants = variants if config.dataset.mixture else None
     certifier = Certifier(policy)
-    writers = [CheckpointWriter(run, policy, certifier, variants, together=runs) for run in runs]
+    writers = [CheckpointWriter(run, policy, certifier, variants, runs, program.lora) for run in runs]
 
     def is_due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == config.steps)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
 
 from lerobot_jax import averaging, optim
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.mixture import DATASET_INDEX
+from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, SampleWeightingConfig
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.processors import RenameObservations
 from lerobot_jax.trainable import combine
@@ -50,27 +52,60 @@ def _preprocess(policy: FunctionalPolicy, batch: Tree) -> Tree:
     return policy.preprocess(batch | {key: batch[key][..., None] for key in single})
 
 
-def make_loss(policy: FunctionalPolicy, preprocess: Any, names: Sequence[str]):
+def make_loss(
+    policy: FunctionalPolicy,
+    preprocess: Any,
+    names: Sequence[str],
+    weighting: SampleWeightingConfig | None = None,
+):
     """Give `loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` of raw batches, in training.
 
-    In a mixture, the metrics tell the loss of each dataset by name; NaN if a batch has none of its samples.
+    In a mixture, the metrics tell the loss of each dataset by name; NaN if a batch has none of its samples, or none
+    that counts.
     """
 
     def mean_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         loss, (metrics, buffers) = policy.loss_fn(params, buffers, preprocess(batch), key, train=True)
         return loss, ({"loss": loss, **metrics}, buffers)
 
-    def mixed_loss(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
+    def loss_of_samples(params: Tree, buffers: Tree, batch: Tree, key: jax.Array):
         losses, (metrics, buffers) = policy.loss_fn(
             params, buffers, preprocess(batch), key, train=True, reduction="none"
         )
-        loss = jnp.mean(losses)
+        if weighting is None:
+            loss, weights = jnp.mean(losses), None
+        else:
+            weights = jnp.ones_like(losses) if weighting.type == "uniform" else batch[SAMPLE_WEIGHT]
+            loss, of_weights = weighted_mean(losses, weights, weighting)
+            metrics = {**metrics, **of_weights}
         metrics = {"loss": loss, **metrics}
-        for i, name in enumerate(names):
-            metrics[f"loss/{name}"] = jnp.mean(losses, where=batch[DATASET_INDEX] == i)
+        for i, name in enumerate(names) if len(names) > 1 else ():
+            is_of = batch[DATASET_INDEX] == i
+            if weights is None:
+                metrics[f"loss/{name}"] = jnp.mean(losses, where=is_of)
+            else:
+                metrics[f"loss/{name}"] = jnp.sum(losses * weights, where=is_of) / jnp.sum(
+                    weights, where=is_of
+                )
         return loss, (metrics, buffers)
 
-    return mean_loss if len(names) == 1 else mixed_loss
+    return mean_loss if len(names) == 1 and weighting is None else loss_of_samples
+
+
+def weighted_mean(
+    losses: Float[Array, " b"], weights: Float[Array, " b"], weighting: SampleWeightingConfig
+) -> tuple[Float[Array, ""], Tree]:
+    """Average losses by weights as LeRobot's training does; tell, under its names, what the weights are like.
+
+    0 if all weights are.
+    """
+    metrics = {"mean_weight": jnp.mean(weights)}
+    if weighting.type == "rabc":
+        metrics["num_zero_weight"] = jnp.sum(weights == 0).astype(jnp.float32)
+        metrics["num_full_weight"] = jnp.sum(weights == 1).astype(jnp.float32)
+        weights = weights * len(weights) / (jnp.sum(weights) + weighting.epsilon)
+    loss = jnp.sum(losses * weights) / (jnp.sum(weights) + 1e-6)
+    return loss, {f"sample_weight_{name}": value for name, value in metrics.items()}
 
 
 def make_train_step(

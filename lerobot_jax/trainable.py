@@ -1,31 +1,43 @@
 """Which parameters a run trains; the others have no gradient, no moments and no average."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lerobot_jax import lora
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
+from lerobot_jax.peft_targets import Path
 
 Tree = dict[str, Any]
 
 
-def split(config: TrainConfig, params: Tree) -> tuple[Tree, Tree]:
+def split(config: TrainConfig, params: Tree, whole: Collection[Path] | None = None) -> tuple[Tree, Tree]:
     """Divide a policy's parameters (arrays or shapes) into those that are trained and those that are not.
+
+    With LoRA, the adapters are trained; a `LoraWeight` becomes dicts of what is in it.
+
+    Args:
+        config: the run's.
+        params: the policy's parameters.
+        whole: with LoRA, the paths of what is trained beside the adapters.
 
     Raises:
         InputError: when a pattern of `freeze` is no name's beginning, or nothing is left to train.
     """
     trained, frozen = {}, {}
-    names = {path: ".".join(map(str, path)) for path in flatten_dict(params)}
+    arrays = flatten_dict(lora.as_dicts(params))
+    names = {path: ".".join(map(str, path)) for path in arrays}
     for pattern in config.freeze:
         if not any(re.match(pattern, name) for name in names.values()):
             raise InputError(
                 f"freeze: no parameter's name begins like '{pattern}'; there is {min(names.values())}"
             )
-    for path, array in flatten_dict(params).items():
+    for path, array in arrays.items():
         is_frozen = any(re.match(pattern, names[path]) for pattern in config.freeze)
+        is_frozen |= whole is not None and not lora.is_trained(path, whole)
         (frozen if is_frozen else trained)[path] = array
     if not trained:
         raise InputError(f"freeze={config.freeze} leaves no parameter to train")
@@ -34,7 +46,7 @@ def split(config: TrainConfig, params: Tree) -> tuple[Tree, Tree]:
 
 def combine(trained: Tree, frozen: Tree) -> Tree:
     """Put together what `split` divided."""
-    return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
+    return lora.from_dicts(unflatten_dict(flatten_dict(frozen) | flatten_dict(trained)))
 
 
 def weights_of(state: Tree) -> Tree:

@@ -15,6 +15,7 @@ from lerobot_jax.data import loader, mixture, tables
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
 from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, sample_weights
 from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
 from lerobot_jax.data.streaming import Stream, StreamedSamples, open_stream
 from lerobot_jax.data.target_statistics import complete_statistics, name_joints, target_statistics
@@ -44,7 +45,8 @@ class Source:
     Attributes:
         config: which dataset it is.
         meta: what it says of itself.
-        settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras` and `image_size` of `LeRobotDataset`.
+        settings: how it is read: `delta_timestamps`, `tolerance_s`, `cameras`, `image_size` and `added_columns` of
+            `LeRobotDataset`.
         data: the dataset, or the stream that gives it; None if only its metadata was read.
         train_episodes: those to train on.
         held_out_episodes: those for the validation loss.
@@ -134,6 +136,7 @@ def _source(
         "tolerance_s": config.tolerance_s,
         "cameras": cameras if config.policy.input_features else None,
         "image_size": config.dataset.image_size,
+        "added_columns": _added_columns(config, source, meta),
     }
     train, held_out = split_episodes(meta, source.episodes, config.dataset.eval_split)
     opened = Source(source, meta, settings, data, train, held_out)
@@ -141,6 +144,28 @@ def _source(
     if opened.num_train_frames(dropped) == 0:
         raise InputError(f"{source.repo_id}: no episode is longer than drop_n_last_frames={dropped}")
     return opened
+
+
+def _added_columns(
+    config: TrainConfig, source: SourceConfig, meta: LeRobotDatasetMetadata
+) -> dict[str, np.ndarray]:
+    """Compute what samples have besides what is in the dataset: their weights, if they depend on the sample."""
+    weighting = config.sample_weighting
+    if weighting is None or weighting.type == "uniform":
+        return {}
+    chunk_size = getattr(config.policy, "chunk_size", None)
+    if chunk_size is None:
+        raise InputError(
+            f"sample_weighting.type={weighting.type} needs a policy with a chunk_size, as in LeRobot; "
+            f"{config.policy.type} has none"
+        )
+    if config.dataset.mixture and weighting.progress_path is not None:
+        raise InputError(
+            "sample_weighting.progress_path is for one dataset; in a mixture, each has a sarm_progress.parquet"
+        )
+    train, _ = split_episodes(meta, source.episodes, config.dataset.eval_split)
+    weights = sample_weights(weighting, meta, chunk_size, root=source.root, episodes=train)
+    return {SAMPLE_WEIGHT: weights}
 
 
 def _check_rename_map(source: SourceConfig, meta: LeRobotDatasetMetadata) -> None:
@@ -167,7 +192,9 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     inputs, outputs = _policy_features(config, sources)
     for source in sources:
         _check_cameras(config, source, inputs)
-    policy_config = dataclasses.replace(config.policy, input_features=inputs, output_features=outputs)
+    policy_config = dataclasses.replace(
+        config.policy, input_features=inputs, output_features=outputs, use_peft=False
+    )
     if unnormalized := base.unnormalized_inputs(policy_config):
         logging.warning(
             "%s will not be normalized: policy.normalization_mapping does not list the type",
@@ -184,7 +211,10 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     if policy_config.pretrained_path is not None and sources[0].data is not None:
         first = policies[0]
         pretrained = base.load_policy(
-            policy_config.pretrained_path, policy_config.pretrained_revision, first.config
+            policy_config.pretrained_path,
+            policy_config.pretrained_revision,
+            first.config,
+            merge_adapters=False,
         )
         policies[0] = first.replace(params=pretrained.params, buffers=pretrained.buffers)
     if policies[0].preprocessor.has_text:
@@ -321,6 +351,10 @@ def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
     return keys + [f"{key}_is_pad" for key in keys] + number
 
 
+def _training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
+    return [*batch_keys(policy, source), *source.settings["added_columns"]]
+
+
 def batch_shapes(
     config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -329,7 +363,7 @@ def batch_shapes(
     The shapes have the leading axes of seeds, if there are several, and of micro-batches, if gradients are
     accumulated; the types are those on the devices.
     """
-    samples = [_blank_sample(source, batch_keys(policy, source)) for source in sources]
+    samples = [_blank_sample(source, _training_keys(policy, source)) for source in sources]
     if config.dataset.mixture:
         maps = [_feature_map(policy, source) for source in sources]
         samples = [to_policy(sample) for to_policy, sample in zip(maps, samples, strict=True)]
@@ -356,6 +390,8 @@ def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
             sample[key] = np.zeros((1, *steps, *image_shape(feature)), np.uint8)
         elif key not in source.meta.camera_keys:
             sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
+    added = source.settings["added_columns"].items()
+    sample |= {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added}
     return {key: value for key, value in sample.items() if key in keys}
 
 
@@ -383,7 +419,7 @@ def training_samples(
         return StreamedSamples(
             stream,
             source.train_episodes,
-            batch_keys(policy, source),
+            _training_keys(policy, source),
             config.seed,
             buffer_size=config.dataset.buffer_size,
             drop_n_last_frames=dropped,
@@ -392,7 +428,7 @@ def training_samples(
     seeds = [run.seed for run in config.runs]
     if _prepare_frames(config, sources):
         (source,) = sources
-        keys, rows = batch_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        keys, rows = _training_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
         return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
     orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
     return SeedSamples(orders) if len(seeds) > 1 else orders[0]
@@ -405,7 +441,7 @@ def _host_samples(
     parts: list[Samples] = []
     for i, source in enumerate(sources):
         rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
-        parts.append(ShuffledRows(source.dataset, rows, batch_keys(policy, source), seed, stream=i))
+        parts.append(ShuffledRows(source.dataset, rows, _training_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
     maps = [_feature_map(policy, source) for source in sources]

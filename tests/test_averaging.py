@@ -190,6 +190,13 @@ def test_checkpoints_of_a_run_are_averaged(swa_run: Path, tmp_path: Path):
     np.testing.assert_allclose(state_dict.read(tmp_path / "all")[key], mean, rtol=1e-5)
 
 
+@pytest.mark.lerobot
+def test_stock_lerobot_runs_the_average(swa_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    convert.main(["average", str(swa_run), "--steps", "6", "12", f"--output_dir={tmp_path / 'averaged'}"])
+    convert.main(["verify", str(tmp_path / "averaged")])
+    assert "Stock LeRobot loads every weight, and computes the same." in capsys.readouterr().out
+
+
 def test_what_cannot_be_averaged_is_refused(swa_run: Path, tmp_path: Path):
     out = f"--output_dir={tmp_path / 'averaged'}"
     with pytest.raises(InputError, match=r"at least two checkpoints, not only that of step 2"):

@@ -86,7 +86,8 @@ class Pi0SizeConfig(PolicyConfig):
     @classmethod
     def tiny(cls) -> "Pi0SizeConfig":
         vision = {
-            "image_size": 28,
+            "image_size": 32,
+            "patch": 16,
             "vision_width": 64,
             "vision_mlp": 128,
             "vision_depth": 2,
@@ -108,12 +109,10 @@ class Pi0SizePolicy(Policy):
         self.patches = Linear(3 * config.patch**2, config.vision_width, dtype=dtype, rngs=rngs)
         positions = ((config.image_size // config.patch) ** 2, config.vision_width)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), positions))
-        self.vision = Stack(
-            lambda rngs: VisionBlock(config, rngs=rngs), config.vision_depth, dtype=dtype, rngs=rngs
-        )
+        self.vision = Stack(lambda rngs: VisionBlock(config, rngs=rngs), config.vision_depth, rngs=rngs)
         self.vision_norm = LayerNorm(config.vision_width, dtype=dtype, rngs=rngs)
         self.vision_proj = Linear(config.vision_width, wide, dtype=dtype, rngs=rngs)
-        self.layers = Stack(lambda rngs: JointBlock(config, rngs=rngs), config.depth, dtype=dtype, rngs=rngs)
+        self.layers = Stack(lambda rngs: JointBlock(config, rngs=rngs), config.depth, rngs=rngs)
         self.state_proj = Linear(config.num_dims, narrow, dtype=dtype, rngs=rngs)
         self.action_in = Linear(config.num_dims + 1, narrow, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(narrow, dtype=dtype, rngs=rngs)

@@ -34,6 +34,7 @@ class LeRobotDataset:
         cameras: Sequence[str] | None = None,
         image_size: tuple[int, int] | None = None,
         meta: metadata.LeRobotDatasetMetadata | None = None,
+        added_columns: Mapping[str, np.ndarray] | None = None,
     ):
         """Open a dataset: its numbers are read into memory, its frames are not decoded yet.
 
@@ -48,6 +49,8 @@ class LeRobotDataset:
             cameras: the visual features to give, all by default.
             image_size: (height, width) to which frames are resized; as they are by default.
             meta: what is known of the dataset already; then nothing is searched for or downloaded.
+            added_columns: entries that frames get besides those of the files: name -> values of all frames of the
+                dataset, by their index.
 
         Raises:
             InputError: naming the file, column or episode that is missing, damaged or inconsistent.
@@ -64,7 +67,9 @@ class LeRobotDataset:
             raise InputError(f"delta_timestamps: {unknown} are no features of {repo_id}")
         self._table = tables.read_table(self.meta, self.episodes)
         tables.check_timestamps(self.meta, self._table, tolerance_s)
-        self.columns = self._table.columns
+        index = self._table.columns["index"]
+        added = {name: values[index] for name, values in (added_columns or {}).items()}
+        self.columns = self._table.columns | added
         # The chosen episodes' frames have places 0, 1, ..., so that nothing here is as long as the whole dataset.
         episode = self.columns["episode_index"]
         chosen, lengths = np.unique(episode, return_counts=True)

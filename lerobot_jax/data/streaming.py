@@ -264,7 +264,7 @@ class StreamedSamples:
         stream: where the samples are.
         episodes, seed, buffer_size, max_num_shards, drop_n_last_frames: see `StreamOrder`.
         keys: the entries that a sample has.
-        settings: `delta_timestamps`, `tolerance_s`, `cameras` and `image_size` of `LeRobotDataset`.
+        settings: `delta_timestamps`, `tolerance_s`, `cameras`, `image_size`, `added_columns` of `LeRobotDataset`.
         """
         for name, value in (("buffer_size", buffer_size), ("max_num_shards", max_num_shards)):
             if value < 1:

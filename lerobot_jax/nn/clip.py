@@ -147,7 +147,7 @@ class CLIPEncoder(nnx.Module):
         def make_layer(rngs: nnx.Rngs) -> CLIPEncoderLayer:
             return CLIPEncoderLayer(settings, dtype=dtype, rngs=rngs)
 
-        self.layers = Stack(make_layer, settings.num_hidden_layers, dtype=dtype, rngs=rngs)
+        self.layers = Stack(make_layer, settings.num_hidden_layers, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 l l"] | None = None

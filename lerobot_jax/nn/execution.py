@@ -67,6 +67,7 @@ class Execution:
         assert self.mesh is not None
         if is_stacked:
             return PartitionSpec(None, *self.partition(name, shape[1:]))
+        name = name.removesuffix(".base")  # a weight with an adapter lies as it would without
         num_fsdp, num_tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
         axes: list[str | None] = [None] * len(shape)
         size = 1

@@ -32,6 +32,10 @@ class Embedding(nnx.Embed):
         super().__init__(num_embeddings, features, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
 
 
+class WholeEmbedding(Embedding):
+    """An embedding whose table is used as it is: PyTorch's code reads its `weight` instead of calling it."""
+
+
 class LayerNorm(nnx.LayerNorm):
     """`torch.nn.LayerNorm(features, eps)`; its statistics are float32 whatever the dtype."""
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lerobot_jax.nn import execution, weights
@@ -22,17 +21,9 @@ class Stack(nnx.Module):
     Args:
         make_block: builds one block from its `nnx.Rngs`; blocks draw no random numbers when they are called.
         length: how many blocks.
-        dtype: the type to which the blocks cast all their matrices, if they do: then they travel in it.
     """
 
-    def __init__(
-        self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
-        length: int,
-        *,
-        dtype: jnp.dtype | None = None,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs):
         def init(key):
             _, params, buffers = nnx.split(make_block(nnx.Rngs(params=key)), nnx.Param, Buffer)
             return params, buffers
@@ -40,18 +31,18 @@ class Stack(nnx.Module):
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
         self.block = nnx.merge(graphdef, *jax.vmap(init)(jax.random.split(rngs.params(), length)))
         self.length = length
-        self.dtype = dtype
 
     def __call__(self, x: Any, *args: Any) -> Any:
         """Apply the blocks to `x` in turn, each as `block(x, *args)`; in `x`, samples are the first axis."""
         graphdef, arrays = nnx.split(self.block)
+        types = weights.cast_types(self.block)
         settings = execution.current()
         if settings.remat is None:
             settings = dataclasses.replace(settings, remat="full")
 
         @settings.checkpoint
         def apply(x, layer):
-            block = nnx.merge(graphdef, nnx.State(weights.ready(layer, self.dtype)))
+            block = nnx.merge(graphdef, nnx.State(weights.ready(layer, types)))
             return settings.shard_batch(block(x, *args)), None
 
         return jax.lax.scan(apply, settings.shard_batch(x), nnx.to_pure_dict(arrays))[0]

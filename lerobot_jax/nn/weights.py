@@ -1,21 +1,111 @@
 """Weights as they are stored, and as layers compute with them."""
 
+import dataclasses
 import functools
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from lerobot_jax.nn import execution
 
+Path = tuple[Any, ...]  # names and list positions from a module down to an array
+
+CAST = ("kernel", "in_proj_weight")  # what layers with a `dtype` cast to it
 LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
-STACKED = "block"  # in the path of arrays with a leading axis of layers: the attribute of `nn.stack.Stack`
 
 
-def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
-    """Give weights as layers compute with them: gathered from the devices that store a part each.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A weight with a low-rank change (LoRA, Hu et al. 2021): `base + scale * left @ right`, in float32.
+
+    It stands in a tree of parameters where the weight stood. In a stack of layers, each field has the leading axis
+    of layers, and a layer without an adapter has scale 0. `left` and `right` are in the weight's own layout: of a
+    kernel (*space, in, out), PEFT's A is (*space, in, r) and B (r, out).
+
+    With `echo`, the change is added once more, times that, and this has no gradient.
+    """
+
+    # No checked shapes: jax.tree.map puts anything in here.
+    base: Any  # (..., in, out)
+    left: Any  # (..., in, r)
+    right: Any  # ([layers] r out)
+    scale: Any  # () or (layers,)
+    echo: Any = None  # the same
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __getitem__(self, layer: Any) -> "LoraWeight":
+        """Give one layer of a stack."""
+        return jax.tree.map(lambda x: x[layer], self)
+
+    def merge(self) -> Float[Array, "..."]:
+        """Give the weight with its change."""
+        left, right = self._factors()
+        change = jnp.matmul(left, right, precision="highest")
+        merged = self.base.astype(jnp.float32) + self._scaled(change, self.scale)
+        if self.echo is None:
+            return merged
+        return merged + self._scaled(jax.lax.stop_gradient(change), self.echo)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Merge on the host."""
+        left, right = (np.asarray(x, np.float32) for x in self._factors())
+        change = left @ right
+        merged = np.asarray(self.base).astype(np.float32) + self._scaled(change, np.asarray(self.scale))
+        if self.echo is not None:
+            merged = merged + self._scaled(change, np.asarray(self.echo))
+        return merged if dtype is None else merged.astype(dtype)
+
+    def _factors(self) -> tuple[Any, Any]:
+        """Give both with the same axes: those of layers, then of space, then of the matrix."""
+        lead = self.scale.ndim
+        space = (1,) * (self.left.ndim - self.right.ndim)
+        return self.left, self.right.reshape(*self.right.shape[:lead], *space, *self.right.shape[lead:])
+
+    @staticmethod
+    def _scaled(change: Any, scale: Any) -> Any:
+        return change * scale.reshape(*scale.shape, *(1,) * (change.ndim - scale.ndim))
+
+
+def is_adapted(x: Any) -> bool:
+    return isinstance(x, LoraWeight)
+
+
+def is_stacked(name: str) -> bool:
+    """Tell by its dotted name whether an array has a leading axis of layers: it is in the `block` of a `Stack`.
+
+    What has numbers below a `block` is a list of that name.
+    """
+    return re.search(r"(^|\.)block\.(?!\d)", name) is not None
+
+
+def cast_types(module: nnx.Module) -> dict[Path, Any]:
+    """Give the types to which the layers of a module cast their matrices before use, by the matrices' paths."""
+    found = {}
+    for path, layer in nnx.iter_modules(module):
+        dtype = getattr(layer, "dtype", None)
+        has = [name for name in CAST if isinstance(getattr(layer, name, None), nnx.Variable)]
+        found |= {(*path, name): dtype for name in has if dtype is not None}
+    return found
+
+
+def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
+    """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 
     Those of stacks are left as they are: a stack makes each layer's ready in its turn, so that the whole weights of
     one layer at a time exist. So are tables of embeddings: a few rows travel instead. The gradient of a gathered
@@ -23,29 +113,31 @@ def ready(weights: Any, dtype: jnp.dtype | None = None) -> Any:
     every device.
 
     Args:
-        weights: a nested dict of arrays.
-        dtype: matrices are cast to it before they travel; for layers that would cast them anyway. Their gradients
-            then travel in it too.
+        weights: a nested dict of arrays and `LoraWeight`s.
+        types: matrices that have one are cast to it before they travel, since layers would cast them anyway. Their
+            gradients then travel in it too.
     """
-    mesh = execution.current().mesh
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return weights
     made = {}
-    flat: dict[Any, Any] = {**flatten_dict(weights)}
+    flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
     for path, weight in flat.items():
-        if STACKED not in path and path[-1] != LOOKED_UP:
-            if dtype is not None and weight.ndim > 1 and jnp.issubdtype(weight.dtype, jnp.floating):
-                weight = weight.astype(dtype)
-            weight = _gathered(".".join(map(str, path)), weight)
-        made[path] = weight
+        if is_stacked(".".join(map(str, path))) or (path[-1] == LOOKED_UP and not is_adapted(weight)):
+            made[path] = weight
+        elif is_adapted(weight):
+            parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
+            made[path] = LoraWeight(**parts).merge()
+        else:
+            made[path] = _gathered(path, weight, types.get(path))
     return unflatten_dict(made)
 
 
-def _gathered(name: str, weight: jax.Array) -> jax.Array:
-    mesh, spec = execution.current().mesh, execution.current().partition(name, weight.shape)
+def _gathered(path: Path, weight: Any, dtype: Any = None) -> Any:
+    mesh = execution.current().mesh
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return weight
+    spec = execution.current().partition(".".join(map(str, path)), weight.shape)
     if "fsdp" not in spec:
         return weight
-    assert mesh is not None
+    weight = weight if dtype is None else weight.astype(dtype)
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
     return _gather(weight, NamedSharding(mesh, spec), NamedSharding(mesh, whole))
 

@@ -22,12 +22,22 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lerobot_jax import certificate, hub, migration, processors, rollout, state_dict, torch_state
+from lerobot_jax import (
+    adapter_folder,
+    certificate,
+    hub,
+    lora,
+    migration,
+    processors,
+    rollout,
+    state_dict,
+    torch_state,
+)
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, TASK, TASK_INDEX, NormalizationMode
 from lerobot_jax.nn.variables import Buffer, Progress
-from lerobot_jax.nn.weights import ready
+from lerobot_jax.nn.weights import cast_types, ready
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
@@ -124,7 +134,8 @@ class FunctionalPolicy:
         return module.sample_actions(batch, key=key, **draws)
 
     def _merge(self, params: Tree, buffers: Tree) -> Policy:
-        states = (nnx.State(ready(tree)) for tree in (params, buffers))
+        types = cast_types(self.module)
+        states = (nnx.State(ready(tree, types)) for tree in (params, buffers))
         return nnx.merge(self.graphdef, *states)
 
     def sampling_draws(self, batch_size: int, key: PRNGKeyArray) -> dict[str, Array]:
@@ -310,16 +321,19 @@ def load_policy(
     config: PolicyConfig | None = None,
     *,
     check_certificate: bool = True,
+    merge_adapters: bool = True,
 ) -> FunctionalPolicy:
     """Load a policy from a LeRobot folder (config.json, model.safetensors, processors) or from the Hub.
 
     A policy from before LeRobot's processors, with its normalization among the weights, is migrated as it is read.
+    Of a folder with PEFT adapters, the policy is the one that they change, with the adapters merged into it.
 
     Args:
         path: the folder, or a name on the Hub.
         revision: branch, tag or commit on the Hub.
         config: settings to use instead of config.json's.
         check_certificate: whether the folder must be what its certificate says, if it has one.
+        merge_adapters: False: leave them as `LoraWeight`s.
 
     Raises:
         InputError: naming what is missing, does not fit, or is not what its certificate says.
@@ -328,12 +342,34 @@ def load_policy(
     saved_config = load_config(folder)
     if check_certificate:
         certificate.check_files(folder)
+    if saved_config.use_peft:
+        return _load_adapted(folder, config or saved_config, merge=merge_adapters)
     policy, weights = _read_folder(folder, config or saved_config)
     params, buffers = torch_state.from_torch(policy.module, weights)
     policy = policy.replace(params=params, buffers=buffers)
     if check_certificate and config in (None, saved_config):
         certificate.check_actions(policy, folder)
     return policy
+
+
+def _load_adapted(folder: Path, config: PolicyConfig, *, merge: bool) -> FunctionalPolicy:
+    """Load the policy that the adapters in a folder change, with that folder's settings and processors."""
+    config = dataclasses.replace(config, use_peft=False)  # once loaded, it is a policy like any other
+    policy = _assemble(folder, config, *processors.load_pipelines(folder))
+    adapters = adapter_folder.read(folder, policy.module)
+    base, revision = adapters.settings["base_model_name_or_path"], adapters.settings.get("revision")
+    try:
+        weights = _read_weights(find_policy(base, revision), config)
+    except InputError as error:
+        raise InputError(f"{folder} has adapters on the policy {base}: {error}") from None
+    weights = StateDict(weights.tensors | adapters.whole.tensors, weights.metadata, weights.source)
+    params, buffers = torch_state.from_torch(policy.module, weights)
+    params = lora.with_factors(adapters.factors, params)
+    return policy.replace(params=lora.merged(params) if merge else params, buffers=buffers)
+
+
+def _read_weights(folder: Path, config: PolicyConfig) -> StateDict:
+    return migration.migrate(folder, config)[-1] if migration.is_old(folder) else state_dict.read(folder)
 
 
 def load_structure(folder: Path) -> FunctionalPolicy:

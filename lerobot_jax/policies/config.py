@@ -53,7 +53,7 @@ class PolicyConfig(abc.ABC):
     use_amp: bool = False
     """Compute in bfloat16; parameters, losses and softmax stay float32."""
     use_peft: bool = False
-    """Whether the weights are PEFT adapters. Not supported."""
+    """Whether the weights are PEFT adapters on those of another policy."""
     push_to_hub: bool = False
     """Upload the last checkpoint to repo_id on the Hub after training; stock LeRobot does so by default."""
     repo_id: str | None = None
@@ -72,8 +72,6 @@ class PolicyConfig(abc.ABC):
     def __post_init__(self):
         if self.n_obs_steps < 1:
             raise ValueError(f"n_obs_steps must be at least 1, not {self.n_obs_steps}")
-        if self.use_peft:
-            raise ValueError("use_peft: PEFT adapters are not supported")
 
     # What a policy tells the data pipeline: offsets in frames, or None for the current frame without a time axis.
     @property
@@ -136,6 +134,16 @@ class PolicyConfig(abc.ABC):
         counted by themselves. Parts that are side by side share a pattern. Empty: the policy does not say.
         """
         return ()
+
+    @property
+    def default_peft_targets(self) -> Mapping[str, Any] | None:
+        """What LeRobot adapts if nothing else is said: `target_modules`, `modules_to_save`; None: no default."""
+        return None
+
+    @property
+    def peft_presets(self) -> Mapping[str, str]:
+        """Short names for `peft.target_modules` -> regular expressions on dotted names."""
+        return {}
 
     @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:

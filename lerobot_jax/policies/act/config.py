@@ -132,6 +132,15 @@ class ACTConfig(PolicyConfig):
         )
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"(encoder|decoder)\.layers\.\d+\.(self_attn|multihead_attn|linear1|linear2)"
+        convolutions = r"(conv\d|downsample\.0)"
+        return {
+            "transformer": rf"model\.{layers}",
+            "vision_encoder": rf"model\.backbone\.(.*\.)?{convolutions}",
+        }
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (TensorAxis(r"linear1\.kernel", -1), TensorAxis(r"linear2\.kernel", -2))
 

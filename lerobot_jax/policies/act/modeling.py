@@ -23,7 +23,7 @@ from lerobot_jax.nn.conv import Conv2d
 from lerobot_jax.nn.dropout import dropout, split_key
 from lerobot_jax.nn.execution import run_block
 from lerobot_jax.nn.initializers import torch_uniform
-from lerobot_jax.nn.linear import Embedding, LayerNorm, Linear
+from lerobot_jax.nn.linear import LayerNorm, Linear, WholeEmbedding
 from lerobot_jax.nn.resnet import TORCHVISION_WEIGHTS, ResNet
 from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies.act.config import ACTConfig
@@ -111,7 +111,7 @@ class ACT(nnx.Module):
         state, env, action = config.robot_state_feature, config.env_state_feature, config.action_feature
         if config.use_vae:  # a BERT-like encoder of [cls, state, *actions]
             self.vae_encoder = ACTEncoder(config, config.n_vae_encoder_layers, torch_uniform, rngs=rngs)
-            self.vae_encoder_cls_embed = Embedding(1, d, rngs=rngs)
+            self.vae_encoder_cls_embed = WholeEmbedding(1, d, rngs=rngs)
             if state:
                 self.vae_encoder_robot_state_input_proj = Linear(state.shape[0], d, dtype=dtype, rngs=rngs)
             self.vae_encoder_action_input_proj = Linear(action.shape[0], d, dtype=dtype, rngs=rngs)
@@ -136,8 +136,8 @@ class ACT(nnx.Module):
             self.encoder_env_state_input_proj = Linear(env.shape[0], d, dtype=dtype, rngs=rngs)
         self.encoder_latent_input_proj = Linear(config.latent_dim, d, dtype=dtype, rngs=rngs)
         num_1d_tokens = 1 + (state is not None) + (env is not None)
-        self.encoder_1d_feature_pos_embed = Embedding(num_1d_tokens, d, rngs=rngs)
-        self.decoder_pos_embed = Embedding(config.chunk_size, d, rngs=rngs)
+        self.encoder_1d_feature_pos_embed = WholeEmbedding(num_1d_tokens, d, rngs=rngs)
+        self.decoder_pos_embed = WholeEmbedding(config.chunk_size, d, rngs=rngs)
         self.action_head = Linear(d, action.shape[0], dtype=dtype, rngs=rngs)
         self.config = config
 

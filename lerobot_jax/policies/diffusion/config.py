@@ -228,6 +228,10 @@ class DiffusionConfig(PolicyConfig):
         )
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        return {"unet": r"diffusion\.unet\..*(conv[12]\.block\.0|cond_encoder\.1)"}
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (
             TensorAxis(r"unet\..*\.conv1\.block\.0\.kernel", -1),

@@ -300,6 +300,15 @@ class MultiTaskDiTConfig(PolicyConfig):
         )
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        block = r"(attn\.(qkv_proj|out_proj)|multihead_attn|mlp\.[02])"
+        layer = r"(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])"
+        return {
+            "transformer": rf"noise_predictor\.transformer_blocks\.\d+\.{block}",
+            "vision_encoder": rf"observation_encoder\.vision_encoder\..*\.layers\.\d+\.{layer}",
+        }
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (
             TensorAxis(r"mlp\.0\.kernel", -1),

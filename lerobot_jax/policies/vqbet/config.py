@@ -195,6 +195,11 @@ class VQBeTConfig(PolicyConfig):
         )
 
     @property
+    def peft_presets(self) -> Mapping[str, str]:
+        layers = r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.[02])"
+        return {"transformer": rf"vqbet\.policy\.transformer\.{layers}"}
+
+    @property
     def tensor_axes(self) -> tuple[TensorAxis, ...]:
         return (TensorAxis(r"mlp\.0\.kernel", -1), TensorAxis(r"mlp\.2\.kernel", -2))
 
