@@ -91,7 +91,9 @@ def _sent(axis: str, num_devices: int) -> float:
 def _print_traffic(axis: str, batch_size: int) -> None:
     program = _make_program(axis, batch_size)
     compiled = program.trace_step(place_batch(program)).lower().compile()
-    found = find_collectives(Module(compiled.as_text()), dict(program.layout.mesh.shape))
+    text = compiled.as_text()
+    assert text is not None
+    found = find_collectives(Module(text), dict(program.layout.mesh.shape))
     print(sum(each.sent * each.times for each in found))
 
 

@@ -122,7 +122,8 @@ def make_plan(
     plan["fits"] = found["memory"]["peak"] <= topology.memory
     plan["estimates"] = _estimate(topology, plan)
     settings = {
-        "remat": config.remat,
+        # Deep stacks compute their layers again unless they are told not to.
+        "remat": config.remat or ("full" if plan["flops"] != plan["flops_once"] else None),
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
     }

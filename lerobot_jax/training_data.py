@@ -391,7 +391,8 @@ def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
             sample[key] = np.zeros((1, *steps, *image_shape(feature)), np.uint8)
         elif key not in source.meta.camera_keys:
             sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
-    sample |= {key: column[:1] for key, column in source.settings["added_columns"].items()}
+    added = source.settings["added_columns"].items()
+    sample |= {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added}
     return {key: value for key, value in sample.items() if key in keys}
 
 

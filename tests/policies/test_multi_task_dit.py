@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import sharding, state_dict, torch_state, train, training_data, visualize
+from lerobot_jax import sharding, state_dict, torch_state, train_step, training_data, visualize
 from lerobot_jax.comparison import latency
 from lerobot_jax.config import DatasetConfig, EnvConfig, EvalConfig, SourceConfig, TrainConfig
 from lerobot_jax.envs import pusht
@@ -110,7 +110,7 @@ def seen_tokens(config: TrainConfig, batch_size: int = 32) -> tuple[dict[str, An
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, batch_size)
     samples = training_data.training_samples(config, sources, policies[0], whole, split)
     batch = samples.read(np.arange(batch_size))
-    preprocess = jax.jit(train.make_preprocess(policies, is_mixture=bool(config.dataset.mixture)))
+    preprocess = jax.jit(train_step.make_preprocess(policies, is_mixture=bool(config.dataset.mixture)))
     held_out = training_data.held_out_batches(
         config, sources, policies[0], samples, functools.partial(sharding.BatchPlacement.of, whole)
     )

@@ -44,13 +44,13 @@ def make_step(mesh):
 
 
 def strip(text: str) -> str:
-    """Leave out the compiler's notes, except for how often a loop runs."""
+    """Leave out the compiler's notes, except for how often a loop runs, and names of folders."""
     kept = []
     for line in text.splitlines():
         turns = re.search(r'"known_trip_count":\{"n":"\d+"\}', line)
         head, _, _ = line.partition(", backend_config=")
         kept.append(head + (f", backend_config={{{turns[0]}}}" if turns else ""))
-    return "\n".join(kept)
+    return re.sub(r'"/[^"\n]*/([^"/\n]+\.py)"', r'"\1"', "\n".join(kept))  # no folders of this machine
 
 
 def main(names: list[str]) -> None:
