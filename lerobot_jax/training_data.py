@@ -11,9 +11,8 @@ from jaxtyping import Shaped
 
 from lerobot_jax import distributed, hub
 from lerobot_jax.config import SourceConfig, TrainConfig
-from lerobot_jax.data import loader, mixture, tables
+from lerobot_jax.data import loader, mixture
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
-from lerobot_jax.data.info import image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, sample_weights
 from lerobot_jax.data.samples import Batch, DeviceRows, Samples, SeedSamples, ShuffledRows, device_bytes
@@ -95,7 +94,7 @@ def open_sources(config: TrainConfig) -> list[Source]:
 def describe_sources(
     config: TrainConfig, find: Callable[[SourceConfig], LeRobotDatasetMetadata]
 ) -> list[Source]:
-    """Give the datasets without their data, for `batch_shapes`: of each only the metadata that `find` gives."""
+    """Give the datasets without their data, to plan: of each only the metadata that `find` gives."""
     return [_source(config, chosen, find(chosen), None) for chosen in _chosen_sources(config)]
 
 
@@ -352,48 +351,9 @@ def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
     return keys + [f"{key}_is_pad" for key in keys] + number
 
 
-def _training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
+def training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
+    """List what a batch needs in training: with what is computed beside the dataset."""
     return [*batch_keys(policy, source), *source.settings["added_columns"]]
-
-
-def batch_shapes(
-    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Tell what the train step gets as a batch, from metadata alone.
-
-    The shapes have the leading axes of seeds, if there are several, and of micro-batches, if gradients are
-    accumulated; the types are those on the devices.
-    """
-    samples = [_blank_sample(source, _training_keys(policy, source)) for source in sources]
-    if config.dataset.mixture:
-        maps = [_feature_map(policy, source) for source in sources]
-        samples = [to_policy(sample) for to_policy, sample in zip(maps, samples, strict=True)]
-        samples[0] |= {mixture.DATASET_INDEX: np.zeros(1, np.int64)}
-    accumulation = config.gradient_accumulation_steps
-    lead = (*(n for n in (config.num_seeds, accumulation) if n > 1), config.batch_size)
-    return {
-        key: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
-        for sample in samples
-        for key, x in sample.items()
-    }
-
-
-def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
-    """Give a batch of one sample as the dataset would, of zeros."""
-    deltas, chosen = source.settings["delta_timestamps"], source.settings["cameras"]
-    cameras = source.meta.camera_keys if chosen is None else chosen
-    sample = {}
-    for key, feature in resized_features(source.meta, source.settings["image_size"]).items():
-        steps = (len(deltas[key]),) if key in deltas else ()
-        if steps:
-            sample[f"{key}_is_pad"] = np.zeros((1, *steps), np.bool_)
-        if key in cameras:
-            sample[key] = np.zeros((1, *steps, *image_shape(feature)), np.uint8)
-        elif key not in source.meta.camera_keys:
-            sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
-    added = source.settings["added_columns"].items()
-    sample |= {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added}
-    return {key: value for key, value in sample.items() if key in keys}
 
 
 def training_samples(
@@ -420,7 +380,7 @@ def training_samples(
         return StreamedSamples(
             stream,
             source.train_episodes,
-            _training_keys(policy, source),
+            training_keys(policy, source),
             config.seed,
             buffer_size=config.dataset.buffer_size,
             drop_n_last_frames=dropped,
@@ -429,7 +389,7 @@ def training_samples(
     seeds = [run.seed for run in config.runs]
     if _prepare_frames(config, sources):
         (source,) = sources
-        keys, rows = _training_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
+        keys, rows = training_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
         return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
     orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
     return SeedSamples(orders) if len(seeds) > 1 else orders[0]
@@ -442,14 +402,15 @@ def _host_samples(
     parts: list[Samples] = []
     for i, source in enumerate(sources):
         rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
-        parts.append(ShuffledRows(source.dataset, rows, _training_keys(policy, source), seed, stream=i))
+        parts.append(ShuffledRows(source.dataset, rows, training_keys(policy, source), seed, stream=i))
     if not config.dataset.mixture:
         return parts[0]
-    maps = [_feature_map(policy, source) for source in sources]
+    maps = [feature_map(policy, source) for source in sources]
     return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], seed)
 
 
-def _feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
+def feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
+    """Tell how a dataset's samples become the policy's, in a mixture."""
     rename = source.config.rename_map
     features = {**policy.config.input_features, **policy.config.output_features}
     deltas: dict[str, list[float]] = source.settings["delta_timestamps"]
@@ -516,7 +477,7 @@ def held_out_batches(
             keys = batch_keys(policy, source)
             batches = loader.validation_batches(source.dataset, rows, keys, config.batch_size, place)
         if config.dataset.mixture:
-            batches = _marked(batches, _feature_map(policy, source), i)
+            batches = _marked(batches, feature_map(policy, source), i)
         found[source.name] = batches
     return found
 

@@ -10,8 +10,11 @@ from absl import logging
 
 from lerobot_jax import hub, training_data
 from lerobot_jax.config import SourceConfig, TrainConfig
-from lerobot_jax.data.info import DEFAULT_FEATURES
+from lerobot_jax.data import mixture, tables
+from lerobot_jax.data.dataset import resized_features
+from lerobot_jax.data.info import DEFAULT_FEATURES, image_shape
 from lerobot_jax.data.metadata import LeRobotDatasetMetadata
+from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.streaming import open_stream
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
@@ -33,11 +36,48 @@ def describe_run(config: TrainConfig) -> tuple[list[Source], list[FunctionalPoli
 
 
 def batch_shapes(
-    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, sharding: jax.sharding.Sharding
+    config: TrainConfig,
+    sources: Sequence[Source],
+    policy: FunctionalPolicy,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Give the shapes of a batch, and where it lies."""
-    shapes = training_data.batch_shapes(config, sources, policy)
-    return {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
+    """Tell what the train step gets as a batch, from metadata alone, and where it lies.
+
+    The shapes have the leading axes of seeds, if there are several, and of micro-batches, if gradients are
+    accumulated; the types are those on the devices.
+    """
+    samples = [_blank_sample(source, training_data.training_keys(policy, source)) for source in sources]
+    if config.dataset.mixture:
+        maps = [training_data.feature_map(policy, source) for source in sources]
+        samples = [to_policy(sample) for to_policy, sample in zip(maps, samples, strict=True)]
+        samples[0] |= {mixture.DATASET_INDEX: np.zeros(1, np.int64)}
+    accumulation = config.gradient_accumulation_steps
+    lead = (*(n for n in (config.num_seeds, accumulation) if n > 1), config.batch_size)
+    return {
+        key: jax.ShapeDtypeStruct(
+            (*lead, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=sharding
+        )
+        for sample in samples
+        for key, x in sample.items()
+    }
+
+
+def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
+    """Give a batch of one sample as the dataset would, of zeros."""
+    deltas, chosen = source.settings["delta_timestamps"], source.settings["cameras"]
+    cameras = source.meta.camera_keys if chosen is None else chosen
+    sample = {}
+    for key, feature in resized_features(source.meta, source.settings["image_size"]).items():
+        steps = (len(deltas[key]),) if key in deltas else ()
+        if steps:
+            sample[f"{key}_is_pad"] = np.zeros((1, *steps), np.bool_)
+        if key in cameras:
+            sample[key] = np.zeros((1, *steps, *image_shape(feature)), np.uint8)
+        elif key not in source.meta.camera_keys:
+            sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
+    added = source.settings["added_columns"].items()
+    sample |= {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added}
+    return {key: value for key, value in sample.items() if key in keys}
 
 
 def _find(config: TrainConfig, source: SourceConfig) -> LeRobotDatasetMetadata:

@@ -12,7 +12,7 @@ from lerobot_jax import training_data
 from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
-from lerobot_jax.planning.inputs import describe_run
+from lerobot_jax.planning.inputs import batch_shapes, describe_run
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import config_class
 from lerobot_jax.program import Program
@@ -45,7 +45,7 @@ def _real_batch(config: TrainConfig) -> dict[str, Any]:
 
 def _expected(config: TrainConfig) -> dict[str, Any]:
     sources, policies = describe_run(config)
-    return training_data.batch_shapes(config, sources, policies[0])
+    return batch_shapes(config, sources, policies[0])
 
 
 def _dataset_features(policy: Any) -> dict[str, dict[str, Any]]:
