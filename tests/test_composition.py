@@ -93,7 +93,7 @@ def assert_close(found: Path, expected: Path, rtol: float = 1e-5, atol: float = 
         same(value.astype(np.float32), second[key].astype(np.float32))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp", marks=pytest.mark.slow), "fsdp and tensor"])
 def test_everything_at_once_is_the_same_on_a_mesh(mesh: str, start, reference, tmp_path: Path):
     train.main([*start, *EVERYTHING, *MESHES[mesh], f"--config.output_dir={tmp_path / 'run'}"])
     assert_close(tmp_path / "run", reference)

@@ -274,7 +274,7 @@ def test_a_layer_of_a_stack_can_have_adapters_alone():
 def test_a_list_named_block_is_no_stack():
     weight = LoraWeight(jnp.zeros((3, 2)), jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
     ready_weights = ready(
-        {"conv1": {"block": {0: {"kernel": weight}}}, "stack": {"block": {"kernel": weight}}}
+        {"conv1": {"block": {0: {"kernel": weight}}}, "stack": {"block": {"kernel": weight}}}, {}
     )
     np.testing.assert_array_equal(ready_weights["conv1"]["block"][0]["kernel"], np.full((3, 2), 0.5))
     assert ready_weights["stack"]["block"]["kernel"] is weight  # left to the stack

@@ -293,6 +293,7 @@ def trained(tmp_path_factory) -> dict[str, tuple[dict[str, np.ndarray], float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_training_is_as_with_float32(trained, dtype: str):
     """The loss falls as far, to a percent, and the weights end where they do, to a quarter of the way they went.

@@ -21,6 +21,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.diffusion import DiffusionConfig
 from lerobot_jax.recipe import rebuild_config, write_recipe
+from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.train_step import make_loss, weighted_mean
 from tests.data.recordings import record
 from tests.test_train import FEATURES, RECIPE, assert_same_run
@@ -142,8 +143,9 @@ def test_weights_travel_with_the_samples(
     for part in [jax.tree.map(lambda x: x[1], batch)] if way == "seeds" else [batch]:
         assert_weights_are_those_of_the_frames(part, weights, datasets)
     if way != "streaming":
-        held_out = training_data.held_out_batches(config, sources, _policy(config, sources), samples)
-        assert all("sample_weight" not in next(batches) for batches in held_out.values())
+        place = SeedLayout(1, sharding.make_mesh()).shared_batch
+        held_out = training_data.held_out_batches(config, sources, _policy(config, sources), samples, place)
+        assert all("sample_weight" not in next(batches)[1] for batches in held_out.values())
     if isinstance(samples, StreamedSamples):
         samples.close()
 

@@ -75,6 +75,7 @@ def test_impossible_plans_are_told_so(arguments: tuple[str, ...], message: str, 
         plan.main([f"--config={recipe}", *arguments])
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_for_tpus_and_their_largest_batch(recipe: str, tmp_path: Path, capfd):
     found = _plan(recipe, tmp_path, "--topology=v5e:2x2", "--config.mesh.fsdp=2", "--largest_batch=False")

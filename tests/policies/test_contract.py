@@ -96,7 +96,11 @@ def test_loss_and_gradients_are_finite(policy: FunctionalPolicy):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat"), [(MeshConfig(data=2, fsdp=2, tensor=2, min_shard_size=1), "full"), (None, "dots")]
+    ("mesh", "remat"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2, min_shard_size=1), "full"),
+        pytest.param(None, "dots", marks=pytest.mark.slow),
+    ],
 )
 def test_devices_and_recomputation_do_not_change_the_gradients(
     policy: FunctionalPolicy, mesh: MeshConfig | None, remat: Remat
