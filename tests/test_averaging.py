@@ -124,6 +124,7 @@ def exported(run: Path, step: int) -> dict[str, np.ndarray]:
     return dict(state_dict.read(run / f"checkpoints/{step:06d}/pretrained_model"))
 
 
+@pytest.mark.slow
 def test_a_run_exports_its_equal_average(swa_run: Path, tmp_path: Path):
     """Of the weights after steps 4, 8 and 12, and before the first of them the weights themselves."""
     raw = {}
@@ -172,6 +173,7 @@ def test_runs_from_before_there_were_such_settings_resume(root: Path, tmp_path: 
         checkpoint.open_run(other)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_run_are_averaged(swa_run: Path, tmp_path: Path):
     convert.main(
         ["average", str(swa_run), "--steps", "2", "6", "10", f"--output_dir={tmp_path / 'averaged'}"]
@@ -197,6 +199,7 @@ def test_stock_lerobot_runs_the_average(swa_run: Path, tmp_path: Path, capsys: p
     assert "Stock LeRobot loads every weight, and computes the same." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_averaged_is_refused(swa_run: Path, tmp_path: Path):
     out = f"--output_dir={tmp_path / 'averaged'}"
     with pytest.raises(InputError, match=r"at least two checkpoints, not only that of step 2"):

@@ -71,6 +71,7 @@ def test_a_weighted_run_resumes_exactly_with_frames_on_the_device(arguments: lis
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_the_validation_loss_has_no_weights(arguments: list[str], tmp_path: Path):
     hardly_counts = [
         "--config.gradient_accumulation_steps=2",
@@ -154,6 +155,7 @@ def _policy(config: TrainConfig, sources):
     return training_data.build_policies(config, sources)[0]
 
 
+@pytest.mark.slow
 def test_in_a_mixture_the_loss_of_a_dataset_is_weighted_too(arguments: list[str]):
     """Against the losses of single samples; a dataset whose samples do not count has none."""
     config = load_config(arguments)
