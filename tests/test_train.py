@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,9 +81,12 @@ def final_arrays(run: Path) -> dict[str, np.ndarray]:
     folder = run / "checkpoints" / f"{step:06d}"
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no shardings are given
-        state = checkpointer.restore((folder / "training_state").resolve())
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        path = (folder / "training_state").resolve()
+        stored = checkpointer.metadata(path).item_metadata.tree
+        # As numpy: the devices of other processes, which may have saved it, are not here.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     named = {
         jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
