@@ -101,3 +101,7 @@ def _make_program(axis: str, batch_size: int) -> train_program.Program:
     distributed.start("auto", str)
     sizes = {"data": 1, axis: -1}
     return make_program(batch_size=batch_size, mesh=MeshConfig(**sizes))
+
+
+if __name__ == "__main__":
+    main()
