@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lerobot_jax import checkpoint, distributed, sharding, training_data
+from lerobot_jax import checkpoint, distributed, lora, sharding, training_data
 from lerobot_jax.certificate import Certifier
 from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.compilation import compiling, keep_compiled_programs
@@ -109,8 +109,8 @@ def main(argv: Sequence[str]) -> None:
         jax.default_backend(),
     )
     if config.optimizer.layer_decay is not None:
-        decay, params = config.optimizer.layer_decay, program.init_shapes[0]
-        logging.info("%s", describe_layers(decay, config.policy, params))
+        params = lora.as_dicts(program.init_shapes[0])
+        logging.info("%s", describe_layers(config.optimizer.layer_decay, config.policy, params))
 
     # Batches, and the compiled step
     placement, micro = program.batch_placement, config.gradient_accumulation_steps
