@@ -391,7 +391,7 @@ def test_the_base_is_kept_in_bfloat16_where_layers_cast_to_it(
     arguments: list[str], base: Path, tmp_path: Path
 ):
     half = [*arguments, *PEFT, "--config.steps=1", "--config.ema_decay=None", "--config.policy.use_amp=True"]
-    train.main(half)
+    train.main([*half, "--config.optimizer.layer_decay=0.5"])
     last = tmp_path / "run/checkpoints/last"
     state = final_arrays(tmp_path / "run")
     layers = "['frozen']['model']['encoder']['layers']['0']"

@@ -30,11 +30,6 @@ PADDING_IS_SEEN = ("diffusion", "multi_task_dit", "vqbet")
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
-def _slow_but(chosen: str) -> list:
-    """Give all policies for a heavy test; by default it is done with one of them."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name != chosen)) for name in NAMES]
-
-
 @pytest.fixture(params=NAMES)
 def policy(request) -> FunctionalPolicy:
     config = config_class(request.param).tiny()
@@ -101,9 +96,12 @@ def test_loss_and_gradients_are_finite(policy: FunctionalPolicy):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat"), [(MeshConfig(data=2, fsdp=2, tensor=2, min_shard_size=1), "full"), (None, "dots")]
+    ("mesh", "remat"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2, min_shard_size=1), "full"),
+        pytest.param(None, "dots", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("policy", _slow_but("multi_task_dit"), indirect=True)
 def test_devices_and_recomputation_do_not_change_the_gradients(
     policy: FunctionalPolicy, mesh: MeshConfig | None, remat: Remat
 ):
