@@ -176,9 +176,9 @@ class FunctionalPolicy:
         state = {key: inside[key] for key in (OBS_STATE,) if key in inside}
         return self.postprocessor({ACTION: actions, **state})[ACTION]
 
-    def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
-        """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
-        return rollout.Runner(self, batch_size, seed)
+    def make_runner(self, batch_size: int = 1, seed: int = 0, inference_delay: int = 0) -> rollout.Runner:
+        """Give an object that turns a stream of observations into actions: queue, history, ensembling, RTC."""
+        return rollout.Runner(self, batch_size, seed, inference_delay)
 
     def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
