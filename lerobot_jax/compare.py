@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
         "env": dataclasses.asdict(config.env),
         "seed": config.seed,
         "n_episodes": config.eval.n_episodes,
+        "inference_delay": config.eval.inference_delay,
         "fps": episodes[0][0].fps,
         "score": score,
         "policies": [

@@ -125,9 +125,9 @@ class FunctionalPolicy:
         return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
 
     def sample_actions(
-        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
+        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Any
     ) -> Float[Array, "b chunk act"]:
-        """Give a chunk of normalized actions for preprocessed observations."""
+        """Give a chunk of normalized actions for preprocessed observations, and what else the policy takes."""
         module = self._merge(params, buffers)
         return module.sample_actions(batch, key=key, **draws)
 

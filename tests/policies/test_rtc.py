@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from lerobot_jax.errors import InputError
 from lerobot_jax.policies.action_prefix import (
     draw_delays,
     is_known,
@@ -16,6 +18,7 @@ from lerobot_jax.policies.action_prefix import (
     with_prefix,
 )
 from lerobot_jax.policies.rtc import RTCConfig, euler, guidance_weight, guided_velocity, prefix_weights
+from tests.policies.flow_policy import Config
 
 GOLDENS = Path(__file__).parent / "golden/rtc"
 # What the recorded policies' config.json say.
@@ -165,6 +168,28 @@ def test_wrong_arguments_are_named():
     for name, value in (("max_guidance_weight", 0.0), ("debug_maxlen", 0), ("execution_horizon", -1)):
         with pytest.raises(ValueError, match=f"rtc_config.{name} must"):
             RTCConfig(**{name: value})
+
+
+def test_rtc_settings_in_config_json(tmp_path: Path):
+    """LeRobot's, and null where there are none; ours are in train_config.json only."""
+    config = dataclasses.replace(Config.tiny(), rtc_config=RTCConfig(guidance="vjp"), rtc_training_delay=3)
+    data = json.loads((GOLDENS / "pi0_linear_s0/model/config.json").read_text())["rtc_config"]
+    assert config.to_dict()["rtc_config"] == data | {"execution_horizon": 10}
+    assert "rtc_training_delay" not in config.to_dict()
+    whole = json.loads(json.dumps(config.to_dict() | config.own_settings()))
+    assert whole["rtc_config"]["guidance"] == "vjp"
+    assert Config.from_dict(whole) == config
+    read = Config.from_dict(config.to_dict() | {"rtc_config": data}).rtc_config
+    assert read == RTCConfig(execution_horizon=6)
+    assert Config.from_dict(Config.tiny().to_dict()).rtc_config is None
+    for wrong, message in (
+        ({"horizon": 3}, "config.json, a policy of type .*: rtc_config: unknown setting 'horizon'"),
+        ({"prefix_attention_schedule": "LINEAL"}, "rtc_config: prefix_attention_schedule must be of type"),
+        ({"debug_maxlen": 0}, "rtc_config.debug_maxlen must be positive, not 0"),
+        (3, "rtc_config must be of type"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Config.from_dict(config.to_dict() | {"rtc_config": wrong})
 
 
 def test_delays_of_training():
