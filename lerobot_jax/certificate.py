@@ -186,7 +186,7 @@ def _act(
     policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any, relative: Any
 ) -> Any:
     """Give actions in the robot's units after moving every weight by `relative` rounding errors, up or down."""
-    params = jax.tree.map(lambda x: _move(x, relative, policy.config.dtype), params)
+    params = jax.tree.map(lambda x: _move(x, relative, policy.config.compute_dtype), params)
     with jax.default_matmul_precision("highest"):  # the same numbers on a GPU, a TPU and a CPU
         batch = policy.preprocess(inputs)
         return policy.postprocess(

@@ -17,6 +17,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.nn.execution import TensorAxis
+from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from lerobot_jax.processors.steps import Step
 from lerobot_jax.settings import check_settings
@@ -30,6 +31,7 @@ class ParamGroup(NamedTuple):
     pattern: str  # a regular expression, matched at the start of dotted parameter names
     lr: float | None = None
     weight_decay: float | None = None
+    layer: int | None = None  # of a stack, only this one; negative: counted from the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,11 @@ class PolicyConfig(abc.ABC):
         return ()
 
     @property
+    def frozen_params(self) -> tuple[str, ...]:
+        """Patterns of parameters that are never trained, as in `freeze`; those that match nothing have no effect."""
+        return ()
+
+    @property
     def layer_order(self) -> tuple[str, ...]:
         """Patterns of all parameters' names from the input to the output, for `optimizer.layer_decay`.
 
@@ -170,7 +177,7 @@ class PolicyConfig(abc.ABC):
         """Raise `InputError` unless the features suit the policy; called when they are known."""
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def compute_dtype(self) -> jnp.dtype:
         """The type of activations."""
         return jnp.dtype(jnp.bfloat16 if self.use_amp else jnp.float32)
 
@@ -236,9 +243,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def group_of(name: str, groups: tuple[ParamGroup, ...]) -> ParamGroup:
-    """Give the first group that a parameter belongs to, by its dotted name."""
-    return next((group for group in groups if re.match(group.pattern, name)), ParamGroup(""))
+def group_of(
+    name: str, groups: tuple[ParamGroup, ...], layer: int | None = None, num_layers: int = 0
+) -> ParamGroup:
+    """Give the first group that a parameter belongs to.
+
+    Args:
+        name: its dotted name.
+        groups: the policy's.
+        layer: of a parameter of a stack, which layer is meant.
+        num_layers: of how many.
+    """
+
+    def has_layer(group: ParamGroup) -> bool:
+        return group.layer is None or (layer is not None and group.layer % num_layers == layer)
+
+    found = (group for group in groups if re.match(group.pattern, name) and has_layer(group))
+    return next(found, ParamGroup(""))
 
 
 def _is_in_lerobot(field: dataclasses.Field) -> bool:
@@ -248,6 +269,10 @@ def _is_in_lerobot(field: dataclasses.Field) -> bool:
 def _to_json(value: Any) -> Any:
     if isinstance(value, PolicyFeature):
         return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {
+            f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if _is_in_lerobot(f)
+        }
     if isinstance(value, Mapping):
         return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -265,6 +290,7 @@ def _from_json(name: str, value: Any) -> Any:
             raise ValueError(f"{name} is {value!r}: {error}") from None
     if isinstance(value, list):
         return tuple(_from_json("", item) for item in value)
-    if name == "action_target":
-        return ActionTarget(**{key: _from_json("", item) for key, item in value.items()})
+    nested = {"action_target": ActionTarget, "rtc_config": RTCConfig}.get(name)
+    if nested is not None and isinstance(value, Mapping):
+        return nested(**{key: _from_json("", item) for key, item in value.items()})
     return value
