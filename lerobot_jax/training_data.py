@@ -203,7 +203,11 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     policies = []
     for source in sources:
         stats = _statistics(config, source, {**inputs, **outputs})
-        target = name_joints(config.policy.action_target, source.meta.features)
+        target = name_joints(
+            config.policy.action_target,
+            source.meta.features,
+            also_absolute=config.policy.has_relative_step,
+        )
         adapted = dataclasses.replace(policy_config, action_target=target)
         target_stats = _target_statistics(adapted, source) if target.is_transformed else None
         rename, size = source.config.rename_map, config.dataset.image_size
