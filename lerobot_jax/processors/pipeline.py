@@ -127,6 +127,11 @@ class Pipeline:
         return bool(self._text_steps)
 
     @property
+    def text_tells_numbers(self) -> bool:
+        """Whether tokens depend on the numbers of a sample, and not on its task alone."""
+        return any(step.reads_numbers for step in self._text_steps)
+
+    @property
     def _text_steps(self) -> list[TextStep]:
         return [step for step in self.steps if isinstance(step, TextStep)]
 

@@ -165,7 +165,7 @@ class TokenizeTask(TextStep):
         return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
     def __call__(self, batch: Batch) -> Batch:
-        rows = [self._tokenizer.encode(task) for task in tasks_of(batch, self.task_key)]
+        rows = self._tokenizer.encode_batch(tasks_of(batch, self.task_key))
         tokens, mask = self._padded(rows)
         return batch | {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
 
