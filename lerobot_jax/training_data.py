@@ -424,7 +424,11 @@ def _parts(
     """Give of whole batches what this process needs."""
     for batch in batches:
         placement = place(len(batch[ACTION]))
-        yield placement, {key: value[placement.rows] for key, value in batch.items()}
+        rows = placement.rows
+        yield (
+            placement,
+            {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in batch.items()},
+        )
 
 
 def _finished(
