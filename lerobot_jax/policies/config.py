@@ -7,19 +7,27 @@ import abc
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+from absl import logging
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.features import (
+    ACTION,
+    EMPTY_CAMERA,
+    OBS_STATE,
+    FeatureType,
+    NormalizationMode,
+    PolicyFeature,
+)
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
-from lerobot_jax.processors.steps import Step
+from lerobot_jax.processors.text import TextStep
 from lerobot_jax.settings import check_settings
 
 CONFIG_NAME = "config.json"
@@ -109,9 +117,29 @@ class PolicyConfig(abc.ABC):
         return self.drop_n_last_frames or 0
 
     @property
-    def text_steps(self) -> tuple[Step, ...]:
+    def text_steps(self) -> tuple[TextStep, ...]:
         """How a new policy's preprocessor turns the task into tokens."""
         return ()
+
+    @property
+    def has_relative_step(self) -> bool:
+        """Whether the processors have the step of relative actions even where it does nothing, as in LeRobot."""
+        return False
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the policy itself makes images of any height and width as it needs them."""
+        return False
+
+    @property
+    def optional_cameras(self) -> bool:
+        """Whether the policy does without cameras that a batch does not have, as long as it has one."""
+        return False
+
+    @property
+    def added_inputs(self) -> Mapping[str, PolicyFeature]:
+        """The inputs of a new policy besides those that a dataset has: cameras that are never there."""
+        return {}
 
     @property
     def param_groups(self) -> tuple[ParamGroup, ...]:
@@ -193,6 +221,21 @@ class PolicyConfig(abc.ABC):
     @property
     def image_features(self) -> dict[str, PolicyFeature]:
         return {key: f for key, f in self.input_features.items() if f.type == FeatureType.VISUAL}
+
+    def needed_inputs(self, given: Collection[str]) -> list[str]:
+        """List the inputs that are needed where some are given; cameras may be optional, but not all of them."""
+        cameras = self.image_features
+        if not self.optional_cameras or not any(key in given for key in cameras):
+            return list(self.input_features)
+        return [key for key in self.input_features if key in given or key not in cameras]
+
+    def log_missing_cameras(self, where: str, given: Collection[str]) -> None:
+        """Say which cameras are not among the given inputs, except those that never are."""
+        missing = [
+            key for key in self.image_features if key not in given and not key.startswith(EMPTY_CAMERA)
+        ]
+        if missing:
+            logging.warning("%s lacks %s, which will be masked", where, ", ".join(missing))
 
     @property
     def action_feature(self) -> PolicyFeature:
