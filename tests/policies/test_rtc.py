@@ -1,6 +1,8 @@
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from lerobot_jax.errors import InputError
+from lerobot_jax.policies import base
 from lerobot_jax.policies.action_prefix import (
     draw_delays,
     is_known,
@@ -18,6 +21,7 @@ from lerobot_jax.policies.action_prefix import (
     with_prefix,
 )
 from lerobot_jax.policies.rtc import RTCConfig, euler, guidance_weight, guided_velocity, prefix_weights
+from tests.goldens import Golden, use_sizes
 from tests.policies.flow_policy import Config
 
 GOLDENS = Path(__file__).parent / "golden/rtc"
@@ -69,6 +73,45 @@ def test_the_guided_velocity_is_lerobots(name: str, time: float):
         config, lambda x: jnp.tanh(x @ case["w"]), case["x"], time, case["prev"], 2, config.execution_horizon
     )
     np.testing.assert_allclose(found, case[f"v_{time}"], rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture(params=CONFIGS)
+def golden(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[Golden]:
+    golden = Golden(GOLDENS / request.param)
+    use_sizes(golden.meta["arch"], monkeypatch)
+    yield golden
+    base._module.cache_clear()
+
+
+# Delay, and the horizon if it is not the config's.
+CHUNKS = {"first": (0, None), "guided": (2, None), "guided_short": (1, None), "guided_horizon": (3, 4)}
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_guided_chunks_are_lerobots(golden: Golden, tmp_path: Path):
+    """As the runner has them predicted: by one program, with what is left of the old chunk padded."""
+    shutil.copytree(golden.path / "model", tmp_path / "model")
+    policy, config = base.load_policy(tmp_path / "model"), CONFIGS[golden.path.name]
+    assert policy.config.rtc_config == config  # pyright: ignore[reportAttributeAccessIssue]
+    assert json.loads((tmp_path / "model/config.json").read_text()) == policy.config.to_dict()
+    inputs = policy.preprocess(golden.inputs("obs/0/"))
+    sample = jax.jit(functools.partial(policy.sample_actions, policy.params, policy.buffers))
+
+    def check(case: str, left: np.ndarray, delay: int, horizon: int | None) -> None:
+        (noise,) = map(jnp.asarray, golden.draws(case))
+        old = {"prev_chunk_left_over": left, "inference_delay": delay, "execution_horizon": horizon}
+        found = sample(inputs, jax.random.key(0), noise=noise, **old)
+        key = f"{case}/action"
+        np.testing.assert_allclose(found, golden.expected[key], 0, golden.tolerance(key), err_msg=case)
+
+    for case, (delay, horizon) in CHUNKS.items():
+        left = golden.expected.get(f"{case}/prev_chunk_left_over", np.zeros((2, 0, 4), np.float32))
+        padded = np.pad(left, ((0, 0), (0, 8 - left.shape[1]), (0, 0)))
+        check(case, padded, delay, min(horizon or config.execution_horizon, left.shape[1]))
+    assert sample._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
+    check(
+        "guided_short", golden.expected["guided_short/prev_chunk_left_over"], 1, None
+    )  # as LeRobot calls it
 
 
 def test_guidance_weights_at_the_ends_of_time():
