@@ -157,7 +157,7 @@ class PolicyConfig(abc.ABC):
 
     @property
     def frozen_params(self) -> tuple[str, ...]:
-        """Patterns of parameters that are never trained, as in `freeze`; those that match nothing have no effect."""
+        """Patterns of parameters that are never trained, as in `freeze`, but they may match nothing."""
         return ()
 
     @property

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE
+from lerobot_jax.nn.activations import silu
 from lerobot_jax.nn.gemma import GEMMA_SIZES
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaWithExpert
@@ -181,7 +182,7 @@ class PI0Model(nnx.Module):
         actions = self.action_in_proj(noisy)
         times = self.embed_time(time).astype(actions.dtype)  # b 1|chunk d
         x = jnp.concatenate([actions, jnp.broadcast_to(times, actions.shape)], axis=-1)
-        x = self.action_time_mlp_out(jax.nn.silu(self.action_time_mlp_in(x)))
+        x = self.action_time_mlp_out(silu(self.action_time_mlp_in(x)))
         return jnp.concatenate([self.state_proj(state)[:, None], x], axis=1), None
 
     def embed_time(self, time: Float[Array, "b *chunk"]) -> Float[Array, "b _times d"]:
