@@ -69,9 +69,11 @@ def multi_task_dit_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str
 def pi0_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:
     config = load_config(golden.path / "model")
     assert isinstance(config, PI0Config)
-    noise, *times = recorded
+    if len(recorded) == 1:
+        return {"noise": recorded[0]}
+    noise, time = recorded
     scale, offset = np.float32(config.time_sampling_scale), np.float32(config.time_sampling_offset)
-    return {"noise": noise} | {"time": time * scale + offset for time in times}
+    return {"noise": noise, "time": time * scale + offset}
 
 
 # From what LeRobot draws, in its order, to a policy's named draws.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import (
     ACTION,
-    OBS_IMAGES,
+    EMPTY_CAMERA,
     OBS_STATE,
     FeatureType,
     NormalizationMode,
@@ -25,10 +25,8 @@ from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
-from lerobot_jax.processors.steps import Step
-from lerobot_jax.processors.text import Pi0NewLine, TokenizeTask
+from lerobot_jax.processors.text import Pi0NewLine, TextStep, TokenizeTask
 
-EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"
 VLM = r"model\.paligemma_with_expert\.paligemma\.model"
 LANGUAGE = rf"{VLM}\.language_model"
 EXPERT = r"model\.paligemma_with_expert\.gemma_expert\.model"
@@ -138,10 +136,6 @@ class PI0Config(PolicyConfig):
             object.__setattr__(self, "use_relative_actions", True)
             object.__setattr__(self, "relative_exclude_joints", tuple(self.action_target.exclude_joints))
             object.__setattr__(self, "action_feature_names", self.action_target.action_names)
-        if self.input_features:
-            empty = PolicyFeature(FeatureType.VISUAL, (3, *self.image_resolution))
-            cameras = {f"{EMPTY_CAMERA}{i}": empty for i in range(self.empty_cameras)}
-            object.__setattr__(self, "input_features", {**self.input_features, **cameras})
 
     def _check(self) -> None:
         positive = (
@@ -213,7 +207,24 @@ class PI0Config(PolicyConfig):
         return list(range(self.chunk_size))
 
     @property
-    def text_steps(self) -> tuple[Step, ...]:
+    def resizes_images(self) -> bool:
+        return True
+
+    @property
+    def optional_cameras(self) -> bool:
+        return True
+
+    @property
+    def added_inputs(self) -> Mapping[str, PolicyFeature]:
+        empty = PolicyFeature(FeatureType.VISUAL, (3, *self.image_resolution))
+        return {f"{EMPTY_CAMERA}{i}": empty for i in range(self.empty_cameras)}
+
+    @property
+    def has_relative_step(self) -> bool:
+        return True
+
+    @property
+    def text_steps(self) -> tuple[TextStep, ...]:
         return (Pi0NewLine(), self._tokenize)
 
     @property
@@ -242,11 +253,11 @@ class PI0Config(PolicyConfig):
     @property
     def layer_order(self) -> tuple[str, ...]:
         tower = rf"{VLM}\.vision_tower\.vision_model"
+        inputs = rf"{LANGUAGE}\.embed_tokens\.|model\.(?:state_proj|action_in_proj|action_time_mlp|time_mlp)"
         return (
             rf"{tower}\.embeddings\.",
             rf"{tower}\.encoder\.layers\.block\.",
-            rf"{tower}\.post_layernorm\.|{VLM}\.multi_modal_projector\.|{LANGUAGE}\.embed_tokens\.|"
-            r"model\.(?:state_proj|action_in_proj|action_time_mlp|time_mlp)",
+            rf"{tower}\.post_layernorm\.|{VLM}\.multi_modal_projector\.|{inputs}",
             rf"(?:{LANGUAGE}|{EXPERT})\.layers\.block\.",
             rf"(?:{LANGUAGE}|{EXPERT})\.norm\.|model\.action_out_proj\.|.*lm_head\.",
         )

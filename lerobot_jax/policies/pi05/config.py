@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from lerobot_jax.features import NormalizationMode
 from lerobot_jax.policies.pi0.config import PI0Config
-from lerobot_jax.processors.steps import Step
-from lerobot_jax.processors.text import Pi05StatePrompt
+from lerobot_jax.processors.text import Pi05StatePrompt, TextStep
 
 
 def _normalization() -> dict[str, NormalizationMode]:
@@ -31,7 +30,7 @@ class PI05Config(PI0Config):
     """Tokens of the prompt, which has the state as numbers; longer ones are cut."""
 
     @property
-    def text_steps(self) -> tuple[Step, ...]:
+    def text_steps(self) -> tuple[TextStep, ...]:
         return (Pi05StatePrompt(max_state_dim=self.max_state_dim), self._tokenize)
 
     @classmethod
