@@ -130,12 +130,17 @@ class PI0Policy(Policy):
         return drawn * config.time_sampling_scale + config.time_sampling_offset
 
     def _prefix(self, batch: Batch) -> Prefix:
-        images = [batch[key] for key in self.config.image_features if key in batch]
-        if not images:
+        cameras = [key for key in self.config.image_features if key in batch]
+        if not cameras:
             raise InputError(f"the batch has none of the cameras {sorted(self.config.image_features)}")
         size = self.config.image_resolution
-        images = [resize_with_pad(image, *size) * 2 - 1 for image in images]
-        return self.model.embed_prefix(images, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
+        images = [resize_with_pad(batch[key], *size) * 2 - 1 for key in cameras]
+        # In a mixture of datasets, some samples lack a camera that others have.
+        everywhere = jnp.zeros(len(batch[OBS_STATE]), bool)
+        is_shown = ~jnp.stack([batch.get(f"{key}_is_pad", everywhere) for key in cameras], axis=1)
+        return self.model.embed_prefix(
+            images, is_shown, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        )
 
     def _suffix(
         self, batch: Batch, noisy: Float[Array, "b chunk act"], time: Float[Array, "b *chunk"]
@@ -194,15 +199,17 @@ class PI0Model(nnx.Module):
     def embed_prefix(
         self,
         images: list[Float[Array, "b h w c"]],
+        is_shown: Bool[Array, "b v"],
         tokens: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
     ) -> Prefix:
-        """Embed images in -1..1 and the tokens of the prompt."""
+        """Embed images in -1..1, of the cameras that a sample has, and the tokens of the prompt."""
         seen, read = (
             self.paligemma_with_expert.embed_images(images),
             self.paligemma_with_expert.embed_tokens(tokens),
         )
-        is_token = jnp.concatenate([jnp.ones(seen.shape[:2], bool), mask], axis=1)
+        is_seen = jnp.repeat(is_shown, seen.shape[1] // len(images), axis=1)
+        is_token = jnp.concatenate([is_seen, mask], axis=1)
         return jnp.concatenate([seen, read], axis=1), is_token
 
     def velocity(self, prefix: Prefix, suffix: Suffix) -> Float[Array, "b chunk act"]:
