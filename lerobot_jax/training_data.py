@@ -346,7 +346,7 @@ def sample_finishes(
     finishes: list[Callable[[Batch], Batch]] = []
     for source, policy in zip(sources, policies, strict=True):
         steps = [feature_map(policy.config, source, sources)] if is_mixture else []
-        tokenize = make_tokenize(policy, is_mixture=is_mixture)
+        tokenize = make_tokenize(policy, is_mixture=is_mixture, is_plan=source.data is None)
         finishes.append(functools.partial(_apply, [*steps, *([tokenize] if tokenize else [])]))
     return finishes
 
