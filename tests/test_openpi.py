@@ -1,23 +1,27 @@
 """Checkpoints of openpi, written here at a tiny size, become LeRobot policies that do the same."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lerobot_jax import openpi
+from lerobot_jax import convert, openpi
 from lerobot_jax.errors import InputError
+from lerobot_jax.policies import base
+from lerobot_jax.policies.base import FunctionalPolicy, load_policy
+from lerobot_jax.policies.pi0 import PI0Config
+from lerobot_jax.processors.tokenizer import find_tokenizer, read_tokenizer
 from tests import openpi_model
+from tests.goldens import use_sizes
 
 EXPERT = "model.paligemma_with_expert.gemma_expert.model.layers."
 LLM = "PaliGemma/llm/layers"
-
-
-@pytest.fixture(scope="module", params=["pi0", "pi05"])
-def policy_type(request: pytest.FixtureRequest) -> str:
-    return request.param
+STATE_DIM, ACTION_DIM, CHUNK = 5, 4, 6
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -133,3 +137,135 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path):
         with pytest.raises(InputError, match=message):
             openpi.read_statistics(write_stats(path, **changes), "pi05")
     openpi.read_statistics(write_stats(path, actions=STATS | {"q99": None}), "pi0")
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch, stand_ins: None) -> Iterator[None]:
+    """Let LeRobot's variants have the sizes of the checkpoints here, and a small tokenizer."""
+    gemma = {"depth": openpi_model.DEPTH, "num_heads": openpi_model.HEADS, "head_dim": openpi_model.HEAD_DIM}
+    (width, hidden), (expert_width, expert_hidden) = openpi_model.WIDTHS.values()
+    vision = {
+        "hidden_size": openpi_model.VISION_WIDTH,
+        "num_hidden_layers": openpi_model.VISION_DEPTH,
+        "num_attention_heads": openpi_model.VISION_HEADS,
+        "intermediate_size": openpi_model.VISION_MLP,
+        "patch_size": openpi_model.PATCH,
+    }
+    arch = {
+        "gemma_2b": {"width": width, "mlp_dim": hidden, **gemma},
+        "gemma_300m": {"width": expert_width, "mlp_dim": expert_hidden, **gemma},
+        "vision": vision,
+        "vocab_size": openpi_model.VOCAB,
+    }
+    use_sizes({"pi_tiny": arch}, monkeypatch)
+    yield
+    base._module.cache_clear()
+
+
+def draw_stats(dim: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    low, high = rng.normal(size=dim), 2 + rng.random(dim)
+    std = high / 2
+    std[-1] = 0.0  # a joint that never moved
+    stats = {"mean": low + high / 2, "std": std, "q01": low, "q99": low + high}
+    return {name: values.tolist() for name, values in stats.items()}
+
+
+STATE_STATS, ACTION_STATS = draw_stats(STATE_DIM, 1), draw_stats(ACTION_DIM, 2)
+
+
+def make_checkpoint(folder: Path, policy_type: str, *, adapters: bool = False) -> Mapping[str, np.ndarray]:
+    """Write a checkpoint with statistics."""
+    shapes = openpi_model.shapes(policy_type) | (openpi_model.adapter_shapes() if adapters else {})
+    arrays = openpi_model.random_arrays(shapes)
+    write_stats(folder / "assets" / "robot" / "norm_stats.json", state=STATE_STATS, actions=ACTION_STATS)
+    openpi_model.write(arrays, folder)
+    return arrays
+
+
+def convert_it(folder: Path, *options: str) -> FunctionalPolicy:
+    output = folder.with_name("policy")
+    arguments = ["openpi", str(folder), f"--output_dir={output}", f"--chunk_size={CHUNK}", *options]
+    convert.main(arguments)
+    return load_policy(output)
+
+
+def observe(policy: FunctionalPolicy) -> dict[str, Any]:
+    """Draw raw observations in openpi's statistics."""
+    rng = np.random.default_rng(3)
+    low, high = np.asarray(STATE_STATS["q01"]), np.asarray(STATE_STATS["q99"])
+    images = {key: rng.integers(0, 256, (2, 28, 28, 3), np.uint8) for key in policy.config.image_features}
+    state = (low + (high - low) * rng.random((2, STATE_DIM))).astype(np.float32)
+    return {**images, "observation.state": state, "task": ["pick up_the red\ncube ", "Open the drawer!"]}
+
+
+def normalized(x: np.ndarray, stats: Mapping[str, Any], policy_type: str) -> np.ndarray:
+    """Normalize as openpi does."""
+    mean, std, q01, q99 = (np.asarray(stats[name]) for name in ("mean", "std", "q01", "q99"))
+    return (x - mean) / (std + 1e-6) if policy_type == "pi0" else (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
+
+
+def unnormalized(x: np.ndarray, stats: Mapping[str, Any], policy_type: str) -> np.ndarray:
+    mean, std, q01, q99 = (np.asarray(stats[name]) for name in ("mean", "std", "q01", "q99"))
+    return x * (std + 1e-6) + mean if policy_type == "pi0" else (x + 1) / 2 * (q99 - q01 + 1e-6) + q01
+
+
+def prompts(observation: Mapping[str, Any], state: np.ndarray, policy_type: str, length: int) -> Any:
+    """Tokenize as openpi does."""
+    tokenizer = read_tokenizer(find_tokenizer("google/paligemma-3b-pt-224"))
+    tokens, mask = np.zeros((2, length), int), np.zeros((2, length), bool)
+    for i, task in enumerate(observation["task"]):
+        text = task.strip().replace("_", " ").replace("\n", " ")
+        if policy_type == "pi05":
+            bins = np.digitize(state[i], bins=np.linspace(-1, 1, 257)[:-1]) - 1
+            text = f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: "
+        else:
+            text += "\n"
+        ids = tokenizer.encode(text)
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("policy_type", ["pi0", "pi05"])
+def test_converted_policies_do_what_openpi_does(
+    policy_type: str, adapters: bool, tmp_path: Path, sizes: None
+):
+    if adapters and policy_type == "pi05":
+        pytest.skip("the factors are the same arrays in both")
+    arrays = make_checkpoint(tmp_path / "checkpoint", policy_type, adapters=adapters)
+    policy = convert_it(tmp_path / "checkpoint")
+    config = policy.config
+    assert isinstance(config, PI0Config)
+    assert config.type == policy_type
+    assert list(config.image_features) == [
+        f"observation.images.{name}" for name in ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    ]
+    observation = observe(policy)
+    if policy_type == "pi0":  # LeRobot leaves the task as it is
+        observation["task"] = [
+            task.strip().replace("_", " ").replace("\n", " ") for task in observation["task"]
+        ]
+    batch = policy.preprocess(observation)
+    state = normalized(observation["observation.state"].astype(np.float64), STATE_STATS, policy_type)
+    tokens, mask = prompts(observation, state, policy_type, config.tokenizer_max_length)
+    np.testing.assert_array_equal(batch["observation.language.tokens"], tokens)
+    np.testing.assert_array_equal(batch["observation.language.attention_mask"], mask)
+    noise = np.random.default_rng(4).normal(size=(2, CHUNK, openpi_model.ACTION_DIM)).astype(np.float32)
+    wanted = openpi_model.sample(
+        arrays,
+        [observation[key] / 255 * 2 - 1 for key in config.image_features],
+        [np.ones(2, bool)] * 3,
+        tokens,
+        mask,
+        np.pad(state, ((0, 0), (0, openpi_model.ACTION_DIM - STATE_DIM))),
+        noise,
+        config.num_inference_steps,
+    )[..., :ACTION_DIM]
+    with jax.default_matmul_precision("highest"):
+        given = policy.sample_actions(
+            policy.params, policy.buffers, batch, jax.random.key(0), noise=jnp.asarray(noise)
+        )
+    np.testing.assert_allclose(given, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    wanted = unnormalized(wanted, ACTION_STATS, policy_type)
+    np.testing.assert_allclose(policy.postprocess(given), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())

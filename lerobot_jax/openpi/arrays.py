@@ -16,6 +16,12 @@ _PROJECTOR = f"{_MODEL}paligemma.model.multi_modal_projector.linear"
 MULTIPLES = {"expert_width": {"hidden": 1, "action_and_time": 2, "modulation": 3}}
 
 
+def is_rounded_by_lerobot(key: str) -> bool:
+    """Tell whether a policy of LeRobot's whose dtype is bfloat16 has an array in it; the others are float32."""
+    is_norm = "layernorm" in key or key.startswith((f"{LANGUAGE}norm.", f"{EXPERT}norm."))
+    return key in (LM_HEAD, EXPERT_LM_HEAD) or (key.startswith((LANGUAGE, EXPERT)) and not is_norm)
+
+
 class StoredArray(NamedTuple):
     """One of openpi's arrays: its axes, and those of what LeRobot has instead.
 

@@ -1,8 +1,4 @@
-"""Checkpoints of openpi's pi0 and pi0.5: weights and statistics in LeRobot's words.
-
-openpi (https://github.com/Physical-Intelligence/openpi) keeps a checkpoint as a folder with `params/`, an Orbax
-tree, and `assets/<robot>/norm_stats.json`. What it does not hold: the `action_horizon`, and what the training
-config does to observations and actions outside the model.
+"""The weights of openpi's pi0 and pi0.5 under LeRobot's names.
 
 Adapters of openpi's LoRA variants are merged as openpi applies them. Three points of that are its own: the MLP's
 are not scaled; the attention's are scaled by alpha / rank, which is 1 in all of its variants; and the second factor
@@ -16,21 +12,25 @@ from typing import Any, NamedTuple
 
 import einops
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, OBS_STATE
-from lerobot_jax.files import read_json
-from lerobot_jax.openpi_arrays import EMBEDDING, EXPERT_LM_HEAD, LM_HEAD, MULTIPLES, StoredArray, list_arrays
+from lerobot_jax.openpi.arrays import (
+    EMBEDDING,
+    EXPERT_LM_HEAD,
+    LM_HEAD,
+    MULTIPLES,
+    StoredArray,
+    is_rounded_by_lerobot,
+    list_arrays,
+)
 from lerobot_jax.state_dict import StateDict, Tensor
 
-PARAMS, ASSETS, STATS_NAME = "params", "assets", "norm_stats.json"
+PARAMS = "params"
 LORA_RANKS = (16, 32)  # of openpi's own variants, whose alpha is their rank
-EPSILON = 1e-6  # what openpi adds to a standard deviation and to a range
-STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99")}
-FEATURES = {"state": OBS_STATE, "actions": ACTION}
 
 
 class Weights(NamedTuple):
@@ -41,12 +41,13 @@ class Weights(NamedTuple):
     sizes: Mapping[str, int]  # of the axes
 
 
-def read_weights(folder: Path, lora_scale: float | None = None) -> Weights:
+def read_weights(folder: Path, lora_scale: float | None = None, dtype: str | None = None) -> Weights:
     """Open the weights of an openpi checkpoint.
 
     Args:
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder, or its `params`.
         lora_scale: alpha / rank of adapters in the attention; None: 1, if they have the rank of openpi's variants.
+        dtype: bfloat16: of what LeRobot's policies of that type have in it; float32: of all; None: as stored.
 
     Raises:
         InputError: when there is no such checkpoint, or naming all arrays that are missing, unknown or misshapen.
@@ -63,9 +64,17 @@ def read_weights(folder: Path, lora_scale: float | None = None) -> Weights:
         tensors |= _tensors(array, scales.get(array.path), sizes, store)
     tensors[LM_HEAD] = tensors[EMBEDDING]  # tied
     # LeRobot's expert has a head that is never used, and openpi's has none.
-    shape, dtype = (sizes["vocab"], sizes["expert_width"]), tensors[EMBEDDING].dtype
-    tensors[EXPERT_LM_HEAD] = Tensor(shape, dtype, lambda: np.zeros(shape, dtype))
+    shape, kind = (sizes["vocab"], sizes["expert_width"]), tensors[EMBEDDING].dtype
+    tensors[EXPERT_LM_HEAD] = Tensor(shape, kind, lambda: np.zeros(shape, kind))
+    tensors = {key: _cast(key, tensor, dtype) for key, tensor in tensors.items()}
     return Weights(StateDict(tensors, source=str(store.folder)), policy_type, sizes)
+
+
+def _cast(key: str, tensor: Tensor, dtype: str | None) -> Tensor:
+    if dtype is None or (dtype == "bfloat16" and not is_rounded_by_lerobot(key)):
+        return tensor
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    return Tensor(tensor.shape, kind, lambda: tensor.read().astype(kind))
 
 
 def _find_params(folder: Path) -> Path:
@@ -80,58 +89,6 @@ def _find_params(folder: Path) -> Path:
     )
     there = f"; give one of {', '.join(map(str, steps))}" if steps else ""
     raise InputError(f"{folder} is no checkpoint of openpi: it has no folder {PARAMS}{there}")
-
-
-def read_statistics(path: Path, policy_type: str) -> dict[str, dict[str, np.ndarray]]:
-    """Read what openpi normalizes states and actions with, so that LeRobot's formulas do what openpi's do.
-
-    openpi adds 1e-6 to a standard deviation, and to the range of quantiles, both ways. LeRobot adds 1e-8, or
-    nothing, so that the statistics given here have it added already.
-
-    Args:
-        path: an openpi norm_stats.json.
-        policy_type: pi0, which uses means and standard deviations, or pi05, which uses quantiles.
-
-    Raises:
-        InputError: naming the file and what is wrong with it.
-    """
-    content = read_json(path)
-    stored = content.get("norm_stats") if isinstance(content, dict) else None
-    if not isinstance(stored, dict) or set(stored) != set(FEATURES):
-        has = sorted(stored) if isinstance(stored, dict) else "nothing"
-        raise InputError(f"{path}: 'norm_stats' must have {' and '.join(FEATURES)}; it has {has}")
-    center, spread = STATISTICS[policy_type]
-    stats = {}
-    for name, feature in FEATURES.items():
-        values = [_numbers(stored[name], statistic, f"{path}: {name}") for statistic in (center, spread)]
-        if values[0].shape != values[1].shape:
-            raise InputError(f"{path}: {name}: {center} and {spread} must be as long as each other")
-        stats[feature] = {center: values[0], spread: values[1] + EPSILON}
-    return stats
-
-
-def find_statistics(folder: Path) -> Path:
-    """Find the only norm_stats.json of a checkpoint.
-
-    Raises:
-        InputError: when there is none, or listing those that there are.
-    """
-    paths = sorted((folder / ASSETS).rglob(STATS_NAME))
-    if len(paths) == 1:
-        return paths[0]
-    there = f"there are {', '.join(map(str, paths))}" if paths else f"there is none in {folder / ASSETS}"
-    raise InputError(f"{folder}: choose the robot's {STATS_NAME} with --norm_stats; {there}")
-
-
-def _numbers(statistics: Any, name: str, where: str) -> np.ndarray:
-    values = statistics.get(name) if isinstance(statistics, dict) else None
-    try:
-        numbers = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        numbers = np.zeros(())
-    if values is None or numbers.ndim != 1 or not numbers.size or not np.isfinite(numbers).all():
-        raise InputError(f"{where}: '{name}' must be a list of numbers, it is {values!r}")
-    return numbers
 
 
 class _Store:
