@@ -20,7 +20,7 @@ import numpy as np
 
 from lerobot_jax import distributed, sharding, state_dict
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import TASK, FeatureType, PolicyFeature
+from lerobot_jax.features import EMPTY_CAMERA, TASK, FeatureType, PolicyFeature
 from lerobot_jax.files import read_json
 from lerobot_jax.processors import POSTPROCESSOR_NAME, PREPROCESSOR_NAME, Normalizer
 from lerobot_jax.state_dict import StateDict
@@ -83,6 +83,8 @@ def make_observations(policy: "FunctionalPolicy") -> dict[str, Any]:
     stats = normalizers[0].stats if normalizers else {}
     observations: dict[str, Any] = {}
     for key, feature in config.input_features.items():
+        if key.startswith(EMPTY_CAMERA):
+            continue
         value = _draw(rng, feature, (NUM_OBSERVATIONS, *steps), stats.get(key, {}))
         observations[outside.get(key, key)] = value
     if policy.preprocessor.has_text:
@@ -161,7 +163,7 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
 def preprocess(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, np.ndarray]:
     """Give what a policy sees of each of its inputs, for the observations of a certificate."""
     seen = jax.jit(policy.preprocess)(_inputs(policy, certificate))
-    return {key: np.asarray(seen[key]) for key in policy.config.input_features}
+    return {key: np.asarray(seen[key]) for key in policy.config.needed_inputs(seen)}
 
 
 def act(policy: "FunctionalPolicy", certificate: StateDict) -> np.ndarray:
@@ -186,7 +188,7 @@ def _act(
     policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any, relative: Any
 ) -> Any:
     """Give actions in the robot's units after moving every weight by `relative` rounding errors, up or down."""
-    params = jax.tree.map(lambda x: _move(x, relative, policy.config.dtype), params)
+    params = jax.tree.map(lambda x: _move(x, relative, policy.config.compute_dtype), params)
     with jax.default_matmul_precision("highest"):  # the same numbers on a GPU, a TPU and a CPU
         batch = policy.preprocess(inputs)
         return policy.postprocess(
