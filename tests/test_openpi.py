@@ -1,5 +1,6 @@
 """Checkpoints of openpi, written here at a tiny size, become LeRobot policies that do the same."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lerobot_jax import convert, openpi
+from lerobot_jax import convert, openpi, state_dict, torch_state
+from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.errors import InputError
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy, load_policy
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.processors.tokenizer import find_tokenizer, read_tokenizer
 from tests import openpi_model
-from tests.goldens import use_sizes
+from tests.goldens import ROOT, use_sizes
 
 EXPERT = "model.paligemma_with_expert.gemma_expert.model.layers."
 LLM = "PaliGemma/llm/layers"
@@ -187,7 +189,7 @@ def convert_it(folder: Path, *options: str) -> FunctionalPolicy:
     output = folder.with_name("policy")
     arguments = ["openpi", str(folder), f"--output_dir={output}", f"--chunk_size={CHUNK}", *options]
     convert.main(arguments)
-    return load_policy(output)
+    return load_policy(output, check_certificate=False)
 
 
 def observe(policy: FunctionalPolicy) -> dict[str, Any]:
@@ -262,10 +264,83 @@ def test_converted_policies_do_what_openpi_does(
         noise,
         config.num_inference_steps,
     )[..., :ACTION_DIM]
-    with jax.default_matmul_precision("highest"):
-        given = policy.sample_actions(
-            policy.params, policy.buffers, batch, jax.random.key(0), noise=jnp.asarray(noise)
-        )
+    arguments = (policy.params, policy.buffers, batch, jax.random.key(0))
+    act = functools.partial(policy.sample_actions, noise=jnp.asarray(noise))
+    given = compile_quickly(act, *arguments)(*arguments)
     np.testing.assert_allclose(given, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     wanted = unnormalized(wanted, ACTION_STATS, policy_type)
     np.testing.assert_allclose(policy.postprocess(given), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_delta_actions_are_relative_ones(tmp_path: Path, sizes: None, monkeypatch: pytest.MonkeyPatch):
+    make_checkpoint(tmp_path, "pi05")
+    arguments = ["openpi", str(tmp_path), "--output_dir=x", "--chunk_size=6", "--delta_actions", "2", "-1"]
+    given: list[openpi.Settings] = []
+    monkeypatch.setitem(convert.COMMANDS, "openpi", (convert.OpenPI, given.append))
+    convert.main(arguments)
+    policy = openpi.read_policy(tmp_path, given[0])
+    state = np.arange(10, dtype=np.float32).reshape(2, 5)
+    predicted = np.random.default_rng(0).normal(size=(2, CHUNK, ACTION_DIM)).astype(np.float32)
+    mask = np.array([True, True, False, False])
+    wanted = unnormalized(predicted, ACTION_STATS, "pi05") + (state[:, :ACTION_DIM] * mask)[:, None]
+    actions = policy.postprocess(jnp.asarray(predicted), {"observation.state": state})
+    np.testing.assert_allclose(actions, wanted, rtol=1e-5, atol=1e-5)
+    policy.config.save(tmp_path)
+    policy.save_processors(tmp_path)
+    assert base.load_config(tmp_path).action_target == policy.config.action_target
+    with pytest.raises(InputError, match=r"delta_actions tell of 5 joints, but the action has 4"):
+        openpi.read_policy(tmp_path, openpi.Settings(CHUNK, delta_actions=(4, -1)))
+
+
+def test_the_prompt_can_be_without_the_state(tmp_path: Path, sizes: None):
+    make_checkpoint(tmp_path, "pi05")
+    policy = openpi.read_policy(tmp_path, openpi.Settings(CHUNK, discrete_state_input=False))
+    observation = observe(policy) | {"task": ["pick up the red cube", "Open the drawer!"]}
+    tokens, mask = prompts(observation, np.zeros(0), "pi0", policy.config.tokenizer_max_length)
+    batch = policy.preprocess(observation)
+    np.testing.assert_array_equal(batch["observation.language.tokens"], tokens)
+    np.testing.assert_array_equal(batch["observation.language.attention_mask"], mask)
+
+
+def test_weights_can_be_rounded_as_lerobot_does(tmp_path: Path, sizes: None):
+    arrays = make_checkpoint(tmp_path, "pi0")
+    policy = openpi.read_policy(tmp_path / "params", openpi.Settings(CHUNK), "bfloat16")
+    assert policy.config.to_dict()["dtype"] == "bfloat16"
+    recorded = state_dict.read(ROOT / "pi0" / "bf16_s0" / "model")
+    state = torch_state.to_torch(policy.module, policy.params, policy.buffers)
+    assert {k: t.dtype for k, t in state.tensors.items()} == {k: t.dtype for k, t in recorded.tensors.items()}
+    key = f"{EXPERT}1.mlp.down_proj.weight"
+    np.testing.assert_array_equal(state[key], arrays[f"{LLM}/mlp_1/linear"][1].T.astype(jnp.bfloat16))
+
+
+def test_robots_may_have_fewer_dimensions_than_the_statistics(tmp_path: Path, sizes: None):
+    make_checkpoint(tmp_path, "pi0")
+    settings = openpi.Settings(CHUNK, cameras=("top",), state_dim=3, action_dim=2)
+    policy = openpi.read_policy(tmp_path, settings)
+    shapes = {key: feature.shape for key, feature in policy.config.input_features.items()}
+    assert shapes == {"observation.images.top": (3, 28, 28), "observation.state": (3,)}
+    assert policy.config.action_feature.shape == (2,)
+    predicted = np.random.default_rng(0).normal(size=(2, CHUNK, 2)).astype(np.float32)
+    stats = {name: values[:2] for name, values in ACTION_STATS.items()}
+    wanted = unnormalized(predicted, stats, "pi0")
+    np.testing.assert_allclose(policy.postprocess(jnp.asarray(predicted)), wanted, rtol=1e-5)
+    with pytest.raises(InputError, match=r"action_dim must be from 1 to 4"):
+        openpi.read_policy(tmp_path, openpi.Settings(CHUNK, action_dim=5))
+
+
+def test_other_sizes_than_lerobots_are_refused(tmp_path: Path):
+    make_checkpoint(tmp_path, "pi0")
+    with pytest.raises(
+        InputError, match=r"params has GemmaSettings\(width=24.*none of LeRobot's gemma_2b, gemma_300m"
+    ):
+        openpi.read_policy(tmp_path, openpi.Settings(CHUNK))
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, sizes: None):
+    make_checkpoint(tmp_path, "pi0")
+    with pytest.raises(InputError, match=r"chunk_size must be at least 1"):
+        openpi.read_policy(tmp_path, openpi.Settings(0))
+    with pytest.raises(InputError, match=r"chunk_size"):
+        convert.main(["openpi", str(tmp_path), f"--output_dir={tmp_path}/new"])
+    with pytest.raises(InputError, match=r"exists already"):
+        convert.main(["openpi", str(tmp_path), f"--output_dir={tmp_path}", "--chunk_size=6"])

@@ -26,7 +26,8 @@ from lerobot_jax.openpi.arrays import EMBEDDING
 from lerobot_jax.openpi.statistics import find_statistics, read_statistics
 from lerobot_jax.openpi.weights import PARAMS, Weights, read_weights
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
-from lerobot_jax.policies.registry import config_class
+from lerobot_jax.policies.pi0 import PI0Config
+from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.processors import Pi05StatePrompt, Pipeline, SmolVLANewLine
 
 ABSOLUTE = "absolute"  # the name of a joint whose actions are not relative
@@ -40,8 +41,6 @@ class Settings:
     """openpi's action_horizon: 50 by default, 10 in pi0_droid and pi05_libero, 15 in pi05_droid."""
     cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     """The cameras that there are, under the names they shall have, in openpi's order."""
-    camera_size: tuple[int, int] | None = None
-    """Height and width of their images; None: those that the model sees, 224 and 224."""
     norm_stats: str | None = None
     """The norm_stats.json to use; None: the only one in the checkpoint's assets."""
     state_dim: int | None = None
@@ -75,10 +74,12 @@ def read_policy(
     )
     widths = {feature: len(next(iter(values.values()))) for feature, values in stats.items()}
     side = math.isqrt(weights.sizes["patches"]) * weights.sizes["patch_height"]
-    image = PolicyFeature(FeatureType.VISUAL, (3, *(settings.camera_size or (side, side))))
+    image = PolicyFeature(FeatureType.VISUAL, (3, side, side))
     inputs = {f"{OBS_IMAGES}.{camera}": image for camera in settings.cameras}
+    named = _variants(weights) | _relative(settings.delta_actions, widths[ACTION])
+    kind = PI05Config if weights.policy_type == "pi05" else PI0Config
     try:
-        config = config_class(weights.policy_type)(
+        config = kind(
             input_features={**inputs, OBS_STATE: PolicyFeature(FeatureType.STATE, (widths[OBS_STATE],))},
             output_features={ACTION: PolicyFeature(FeatureType.ACTION, (widths[ACTION],))},
             image_resolution=(side, side),
@@ -87,9 +88,8 @@ def read_policy(
             max_state_dim=weights.sizes["action_dim"],
             max_action_dim=weights.sizes["action_dim"],
             dtype="bfloat16" if weights.state.tensors[EMBEDDING].dtype == ml_dtypes.bfloat16 else "float32",
-            **_variants(weights),
-            **_relative(settings.delta_actions, widths[ACTION]),
-        )  # pyright: ignore[reportCallIssue]
+            **named,
+        )
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
     policy = make_policy(
@@ -117,7 +117,7 @@ def _read_statistics(folder: Path, settings: Settings, policy_type: str) -> dict
     return stats
 
 
-def _variants(weights: Weights) -> dict[str, str]:
+def _variants(weights: Weights) -> dict[str, Any]:
     """Give LeRobot's names for the sizes of the transformers."""
     sizes = weights.sizes
     shared = {"depth": sizes["depth"], "num_heads": sizes["heads"], "head_dim": sizes["head_dim"]}
@@ -141,7 +141,7 @@ def _name(sizes: Any, known: Mapping[str, Any], weights: Weights) -> str:
     for name, others in known.items():
         if others == sizes:
             return name
-    raise InputError(f"{weights.state.source}: LeRobot has no {sizes}; it has {', '.join(known)}")
+    raise InputError(f"{weights.state.source} has {sizes}, which is none of LeRobot's {', '.join(known)}")
 
 
 def _relative(delta_actions: Sequence[int], width: int) -> dict[str, Any]:
