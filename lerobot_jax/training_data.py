@@ -205,7 +205,7 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
         target = name_joints(
             config.policy.action_target,
             source.meta.features,
-            also_absolute=config.policy.has_relative_step,
+            also_absolute=config.policy.disabled_relative_step is not None,
         )
         adapted = dataclasses.replace(policy_config, action_target=target)
         target_stats = _target_statistics(adapted, source) if target.is_transformed else None

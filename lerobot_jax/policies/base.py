@@ -277,7 +277,7 @@ def make_policy(
         config.action_target,
         image_size,
         config.text_steps,
-        config.has_relative_step,
+        config.disabled_relative_step,
     )
     return FunctionalPolicy(config, _graphdef(config), pre, post)
 

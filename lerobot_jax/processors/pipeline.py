@@ -262,7 +262,7 @@ def default_pipelines(
     target: ActionTarget = ABSOLUTE,
     image_size: tuple[int, int] | None = None,
     text_steps: Sequence[TextStep] = (),
-    has_relative_step: bool = False,
+    disabled_relative_step: RelativeActions | None = None,
 ) -> tuple[Pipeline, Pipeline]:
     """Build what most policies use: rename, batch, tokenize, device, normalize; and unnormalize, device.
 
@@ -273,7 +273,7 @@ def default_pipelines(
     Raises:
         InputError: naming a feature whose statistics are missing.
     """
-    to_target, from_target = make_action_steps(target, inputs, outputs, also_disabled=has_relative_step)
+    to_target, from_target = make_action_steps(target, inputs, outputs, disabled_relative_step)
     per_step = target.statistics_per_step
     normalizer, unnormalizer = make_normalizers(inputs, outputs, normalization, stats, per_step=per_step)
     text: tuple[Step, ...] = (*text_steps, Device(device))
