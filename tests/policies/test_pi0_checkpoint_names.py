@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from lerobot_jax import state_dict, torch_state
 from lerobot_jax.errors import InputError
+from lerobot_jax.policies import base
 from lerobot_jax.policies.pi0.checkpoint_names import with_todays_names
 from lerobot_jax.state_dict import StateDict, Tensor
+from tests.goldens import ROOT, Golden, use_sizes
 
 PALIGEMMA = "model.paligemma_with_expert.paligemma"
 EMBEDDING, LM_HEAD = f"{PALIGEMMA}.model.language_model.embed_tokens.weight", f"{PALIGEMMA}.lm_head.weight"
@@ -57,3 +60,19 @@ def test_two_keys_of_one_name_are_refused():
         InputError, match=r"model\.time_mlp_in\.bias and action_time_mlp_in\.bias are two names"
     ):
         with_todays_names(checkpoint("model.time_mlp_in.bias", "action_time_mlp_in.bias"), "pi05")
+
+
+@pytest.mark.parametrize("policy_type", ["pi0", "pi05"])
+def test_a_file_like_that_of_lerobots_base_models_fits(policy_type: str, monkeypatch: pytest.MonkeyPatch):
+    golden = Golden(ROOT / policy_type / "2cam_empty_s0")
+    use_sizes(golden.meta["arch"], monkeypatch)
+    policy = base.load_structure(golden.path / "model")
+    today = state_dict.read(golden.path / "model")
+    found = today.renamed({key: key.removeprefix("model.") for key in today if key != EMBEDDING})
+    with pytest.raises(InputError, match=r"missing model\.action_in_proj\.bias"):
+        torch_state.from_torch(policy.module, found)
+    params, buffers = torch_state.from_torch(policy.module, with_todays_names(found, policy_type))
+    loaded = torch_state.to_torch(policy.module, params, buffers)
+    for key in today:
+        np.testing.assert_array_equal(loaded[key], today[LM_HEAD if key == EMBEDDING else key])
+    base._module.cache_clear()
