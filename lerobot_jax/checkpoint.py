@@ -338,9 +338,8 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise InputError(f"{folder}: damaged, or not of this policy ({_shortened(error)})") from None
-    frozen = restored.pop("frozen", {})
-    weights = restored["ema"] if is_averaged else restored
-    weights["params"] = lora.merged(lora.whole_precision(combine(weights["params"], frozen)))
+    weights = restored.pop("ema") if is_averaged else restored
+    weights["params"] = lora.merged(combine(weights.pop("params"), restored.pop("frozen", {})))
     if jax.tree.map(np.shape, weights["params"]) != jax.tree.map(lambda x: x.shape, params):
         raise InputError(f"{folder}: not of this policy")
     return policy.replace(**weights)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import execution
+from lerobot_jax.nn.linear import WholeEmbedding
 
 Path = tuple[Any, ...]  # names and list positions from a module down to an array
 
@@ -102,6 +103,16 @@ def cast_types(module: nnx.Module) -> dict[Path, Any]:
         has = [name for name in CAST if isinstance(getattr(layer, name, None), nnx.Variable)]
         found |= {(*path, name): dtype for name in has if dtype is not None}
     return found
+
+
+def cast_paths(module: nnx.Module) -> frozenset[Path]:
+    """Give the paths of the weights that layers cast before use, so that these may be kept in a narrower type."""
+    tables = {
+        (*path, LOOKED_UP)
+        for path, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Embed) and not isinstance(layer, WholeEmbedding)
+    }
+    return frozenset(cast_types(module)) | tables
 
 
 def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
