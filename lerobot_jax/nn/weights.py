@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -130,8 +130,14 @@ def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
     """
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
+    changed = execution.current().changed
     for path, weight in flat.items():
-        if is_stacked(".".join(map(str, path))) or (path[-1] == LOOKED_UP and not is_adapted(weight)):
+        if is_stacked(".".join(map(str, path))):
+            made[path] = weight
+            continue
+        if changed is not None and weight is not empty_node:
+            weight = jax.tree.map(changed, weight)
+        if path[-1] == LOOKED_UP and not is_adapted(weight):
             made[path] = weight
         elif is_adapted(weight):
             parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}
