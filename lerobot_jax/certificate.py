@@ -21,7 +21,7 @@ import numpy as np
 
 from lerobot_jax import distributed, sharding, state_dict
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import TASK, FeatureType, PolicyFeature
+from lerobot_jax.features import EMPTY_CAMERA, TASK, FeatureType, PolicyFeature
 from lerobot_jax.files import read_json
 from lerobot_jax.nn import execution
 from lerobot_jax.processors import POSTPROCESSOR_NAME, PREPROCESSOR_NAME, Normalizer
@@ -85,6 +85,8 @@ def make_observations(policy: "FunctionalPolicy") -> dict[str, Any]:
     stats = normalizers[0].stats if normalizers else {}
     observations: dict[str, Any] = {}
     for key, feature in config.input_features.items():
+        if key.startswith(EMPTY_CAMERA):
+            continue
         value = _draw(rng, feature, (NUM_OBSERVATIONS, *steps), stats.get(key, {}))
         observations[outside.get(key, key)] = value
     if policy.preprocessor.has_text:
@@ -163,7 +165,7 @@ def check_actions(policy: "FunctionalPolicy", folder: Path) -> None:
 def preprocess(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, np.ndarray]:
     """Give what a policy sees of each of its inputs, for the observations of a certificate."""
     seen = jax.jit(policy.preprocess)(_inputs(policy, certificate))
-    return {key: np.asarray(seen[key]) for key in policy.config.input_features}
+    return {key: np.asarray(seen[key]) for key in policy.config.needed_inputs(seen)}
 
 
 def act(policy: "FunctionalPolicy", certificate: StateDict) -> np.ndarray:
@@ -192,7 +194,7 @@ def _act_after_rounding(
     Weights are moved when it is their turn, so that no moved copy of a large policy exists.
     """
     moved = dataclasses.replace(
-        execution.current(), changed=lambda x: _move(x, relative, policy.config.dtype)
+        execution.current(), changed=lambda x: _move(x, relative, policy.config.compute_dtype)
     )
     return moved(functools.partial(_act, policy))(params, buffers, inputs, noise)
 

@@ -272,7 +272,7 @@ def check_environment(policy: PolicyConfig, env: EnvConfig) -> None:
         raise InputError(
             f"the policy's action has shape {policy.action_feature.shape}, env.type={env.type} takes {taken}"
         )
-    missing = [key for key in policy.input_features if key not in shown]
+    missing = [key for key in policy.needed_inputs(shown) if key not in shown]
     if missing:
         raise InputError(f"the policy needs {missing}, env.type={env.type} shows only {shown}")
 

@@ -27,6 +27,7 @@ OBS_STATE = "observation.state"
 OBS_ENV_STATE = "observation.environment_state"
 OBS_IMAGE = "observation.image"
 OBS_IMAGES = "observation.images"
+EMPTY_CAMERA = "observation.images.empty_camera_"  # and a number: a camera that is never there
 REWARD = "next.reward"
 DONE = "next.done"
 SUCCESS = "next.success"

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -19,7 +20,8 @@ from lerobot_jax.adam import scale_by_adam
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.layer_decay import layer_factors
-from lerobot_jax.policies.config import group_of
+from lerobot_jax.nn.weights import is_stacked
+from lerobot_jax.policies.config import ParamGroup, group_of
 
 Tree = dict[str, Any]
 Schedule = Callable[[Any], Any]  # step -> factor of the learning rate
@@ -60,17 +62,24 @@ def make_optimizer(
         all_params: all parameters of the policy, if others are frozen: they count for `optimizer.layer_decay`.
     """
     settings, names = optimizer_settings(config), torch_state.dotted_names(params)
-    groups = jax.tree.map(lambda name: group_of(name, config.policy.param_groups), names)
-    is_group = lambda node: hasattr(node, "pattern")  # noqa: E731
+    groups = config.policy.param_groups
 
-    def per_leaf(name: str, unit: float = 1.0) -> Tree:
+    def per_leaf(setting: str, unit: float = 1.0) -> Tree:
         """Give a tree with each parameter's own value of a setting; those of groups are in units."""
-        default = settings[name]
-        return jax.tree.map(
-            lambda group: default if getattr(group, name) is None else getattr(group, name) * unit,
-            groups,
-            is_leaf=is_group,
-        )
+
+        def value(group: ParamGroup) -> float:
+            own = getattr(group, setting)
+            return settings[setting] if own is None else own * unit
+
+        def of_parameter(name: str, x: Any) -> float | np.ndarray:
+            if not is_stacked(name) or all(group.layer is None for group in groups):
+                return value(group_of(name, groups))
+            values = [value(group_of(name, groups, i, len(x))) for i in range(len(x))]
+            if len(set(values)) == 1:
+                return values[0]
+            return np.array(values, np.float32).reshape(-1, *[1] * (x.ndim - 1))
+
+        return jax.tree.map(of_parameter, names, params)
 
     rates, decays = per_leaf("lr", _unit_of_rates(config, settings)), per_leaf("weight_decay")
     if config.optimizer.layer_decay is not None:

@@ -21,6 +21,7 @@ from lerobot_jax.certificate import make_observations
 from lerobot_jax.compilation import compiling
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType
+from lerobot_jax.processors.text import tasks_of
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
@@ -90,6 +91,7 @@ class Runner:
         self._history = [self._new_history() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
+        self._has_begun = False
 
     def load(self, params: dict[str, Any], buffers: dict[str, Any], seed: int) -> None:
         """Run with other weights, and noise of this seed, from now on."""
@@ -99,8 +101,8 @@ class Runner:
     def compile(self) -> None:
         """Compile what predicts a chunk, so that the first action does not wait for it.
 
-        A policy that resizes images is compiled for images that have the right size already; the first others are
-        waited for.
+        That is for images of the size in the settings, from all cameras; with the first others, that are possible
+        with some policies, the first action waits again.
         """
         made = self.policy.tokenize(make_observations(self.policy))
         observation = {key: np.asarray(value[:1]) for key, value in made.items()}
@@ -129,15 +131,17 @@ class Runner:
         Raises:
             InputError: when an input of the policy is missing or has another shape.
         """
-        inputs = self._inputs(observation)
+        inputs, tasks = self._inputs(observation), self._tasks(observation)
         wanted = range(len(self._execution)) if slots is None else slots
         chunks = {}
         for i in wanted:
             # Copies: environments and cameras may write the next observation into the same arrays.
             self._history[i].append({key: value[i : i + 1].copy() for key, value in inputs.items()})
             if self._execution[i].needs_chunk():
+                told = {TASK: tasks[i : i + 1]} if tasks else {}
+                seen = self.policy.tokenize(self._seen(i) | told)
                 chunks[i] = self._predict(
-                    *self._arrays, self._seen(i), self._seed_key, self._episode[i], self._step[i]
+                    *self._arrays, seen, self._seed_key, self._episode[i], self._step[i]
                 )
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(np.asarray(chunk)[0])
@@ -161,9 +165,7 @@ class Runner:
         if config.observation_delta_indices is None:
             return history[-1]
         steps = history[:1] * (config.n_obs_steps - len(history)) + history
-        keys = {self._outside(name) for name in config.input_features}
-        past = {key: np.stack([step[key] for step in steps], axis=1) for key in keys}
-        return history[-1] | past
+        return {key: np.stack([step[key] for step in steps], axis=1) for key in history[-1]}
 
     def _outside(self, name: str) -> str:
         """Give an input's name among the raw observations."""
@@ -180,21 +182,33 @@ class Runner:
         return ActionQueue(config.n_action_steps)
 
     def _inputs(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        inputs = {}
-        for name, feature in self.policy.config.input_features.items():
-            key = self._outside(name)
+        config, inputs = self.policy.config, {}
+        renamed = self.policy.preprocessor.rename_map
+        needed = config.needed_inputs({renamed.get(key, key) for key in observation})
+        for name in needed:
+            key, feature = self._outside(name), config.input_features[name]
             if key not in observation:
                 raise InputError(f"the policy needs '{key}', the observation has {sorted(observation)}")
             value = np.asarray(observation[key], None if feature.type == FeatureType.VISUAL else np.float32)
             fits = value.size == len(value) * math.prod(feature.shape)
-            if feature.type == FeatureType.VISUAL and self.policy.preprocessor.resizes_images:
+            if feature.type == FeatureType.VISUAL and self.policy.resizes_images:
                 fits = value.ndim == 4  # of any height and width
             if len(value) != len(self._execution) or not fits:
                 wanted = (len(self._execution), *feature.shape)
                 raise InputError(f"the policy needs '{key}' of shape {wanted}, it has {value.shape}")
             inputs[key] = value
-        if self.policy.preprocessor.has_text:
-            inputs = self.policy.tokenize(
-                inputs | {key: observation[key] for key in [TASK] if key in observation}
-            )
+        if not self._has_begun:
+            config.log_missing_cameras("the observation", needed)
+            self._has_begun = True
         return inputs
+
+    def _tasks(self, observation: Mapping[str, Any]) -> list[str]:
+        """Give what each slot is told to do, if the policy wants to be told."""
+        if not self.policy.preprocessor.has_text:
+            return []
+        tasks = tasks_of(dict(observation), TASK)
+        if len(tasks) != len(self._execution):
+            raise InputError(
+                f"the policy needs {len(self._execution)} texts in '{TASK}', one a slot: {tasks}"
+            )
+        return tasks

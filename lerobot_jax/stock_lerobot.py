@@ -47,7 +47,7 @@ def main(folder: str, certificate: str, out: str) -> None:
         fill_queues(policy, batch)
     with torch.inference_mode():
         chunk = predict_chunk(policy, batch, noise)
-    found = {f"preprocessed/{key}": batch[key] for key in config.input_features}
+    found = {f"preprocessed/{key}": batch[key] for key in config.input_features if key in batch}
     found |= {"chunk": chunk, "action": postprocess(chunk)}
     save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, Path(out))
 

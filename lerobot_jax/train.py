@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     program = Program(config, policies, [source.name for source in sources], mesh, pretrained)
     layout, batch_size = program.layout, program.samples_per_step
     samples = training_data.training_samples(
-        config, sources, policy, layout.replicated, program.samples_sharding
+        config, sources, policies, layout.replicated, program.samples_sharding
     )
     checkpoint.write_train_config(config)
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
             is_best = [False] * len(runs)
             if evaluates:
                 held_out = training_data.held_out_batches(
-                    config, sources, policy, samples, layout.shared_batch
+                    config, sources, policies, samples, layout.shared_batch
                 )
                 losses = held_out_losses(eval_loss, weights, held_out, eval_key, layout)
                 is_best = [log.write_scored(step, each) for log, each in zip(logs, losses, strict=True)]

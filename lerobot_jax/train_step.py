@@ -16,8 +16,8 @@ from lerobot_jax.config import TrainConfig
 from lerobot_jax.data.mixture import DATASET_INDEX
 from lerobot_jax.data.sample_weights import SAMPLE_WEIGHT, SampleWeightingConfig
 from lerobot_jax.policies.base import FunctionalPolicy
-from lerobot_jax.processors import RenameObservations
 from lerobot_jax.trainable import combine
+from lerobot_jax.training_text import with_own_names, with_single_axes
 from lerobot_jax.transforms import random_transforms
 
 Tree = dict[str, Any]
@@ -28,8 +28,7 @@ def make_preprocess(policies: Sequence[FunctionalPolicy], *, is_mixture: bool):
     if not is_mixture:
         return functools.partial(_preprocess, policies[0])
     # The samples of a mixture have the policy's names already.
-    pipelines = [each.preprocessor.replace(RenameObservations({})) for each in policies]
-    policies = [each.replace(preprocessor=pre) for each, pre in zip(policies, pipelines, strict=True)]
+    policies = [with_own_names(each) for each in policies]
 
     def preprocess(batch: Tree) -> Tree:
         which = batch[DATASET_INDEX]
@@ -45,11 +44,7 @@ def make_preprocess(policies: Sequence[FunctionalPolicy], *, is_mixture: bool):
 
 
 def _preprocess(policy: FunctionalPolicy, batch: Tree) -> Tree:
-    """Restore the axis of single numbers, which LeRobot's datasets drop, and preprocess."""
-    features = {**policy.config.input_features, **policy.config.output_features}
-    names = {key: policy.preprocessor.rename_map.get(key, key) for key in batch}
-    single = [key for key, name in names.items() if name in features and features[name].shape == (1,)]
-    return policy.preprocess(batch | {key: batch[key][..., None] for key in single})
+    return policy.preprocess(with_single_axes(policy, batch))
 
 
 def make_loss(

@@ -39,8 +39,9 @@ def split(config: TrainConfig, params: Tree, whole: Collection[Path] | None = No
             raise InputError(
                 f"freeze: no parameter's name begins like '{pattern}'; there is {min(names.values())}"
             )
+    patterns = (*config.freeze, *config.policy.frozen_params)
     for path, array in arrays.items():
-        is_frozen = any(re.match(pattern, names[path]) for pattern in config.freeze)
+        is_frozen = any(re.match(pattern, names[path]) for pattern in patterns)
         is_frozen |= whole is not None and not lora.is_trained(path, whole)
         (frozen if is_frozen else trained)[path] = array
     if not trained:

@@ -1,13 +1,13 @@
 """What a run trains on: its datasets, the policy's features and statistics in them, samples in training order."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Shaped
 
 from lerobot_jax import certificate, distributed, hub
 from lerobot_jax.config import SourceConfig, TrainConfig
@@ -22,8 +22,6 @@ from lerobot_jax.data.windows import policy_delta_timestamps
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import (
     ACTION,
-    TASK,
-    TASK_INDEX,
     FeatureType,
     PolicyFeature,
     dataset_to_policy_features,
@@ -33,7 +31,8 @@ from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import PolicyConfig
 from lerobot_jax.policy_weights import PolicyWeights
 from lerobot_jax.sharding import BatchPlacement
-from lerobot_jax.transforms import check_sizes, final_size
+from lerobot_jax.training_features import check_cameras, feature_map, policy_features
+from lerobot_jax.training_text import make_tokenize, text_keys, with_task_tokens
 
 IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DEVICE_SHARE = 0.25  # of a device's memory, for a dataset: the rest is for the policy
@@ -130,7 +129,7 @@ def _source(
     _check_rename_map(source, meta)
     original = {new: old for old, new in source.rename_map.items()}
     cameras = [original.get(key, key) for key in config.policy.image_features]
-    if config.dataset.mixture:
+    if config.dataset.mixture or config.policy.optional_cameras:
         cameras = [key for key in cameras if key in meta.camera_keys]
     settings = {
         "delta_timestamps": policy_delta_timestamps(config.policy, meta.features, meta.fps),
@@ -190,12 +189,12 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     Raises:
         InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
     """
-    inputs, outputs = _policy_features(config, sources)
-    for source in sources:
-        _check_cameras(config, source, inputs)
+    inputs, outputs = policy_features(config, sources)
     policy_config = dataclasses.replace(
         config.policy, input_features=inputs, output_features=outputs, use_peft=False
     )
+    for source in sources:
+        check_cameras(config, source, policy_config)
     if unnormalized := base.unnormalized_inputs(policy_config):
         logging.warning(
             "%s will not be normalized: policy.normalization_mapping does not list the type",
@@ -204,15 +203,16 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
     policies = []
     for source in sources:
         stats = _statistics(config, source, {**inputs, **outputs})
-        target = name_joints(config.policy.action_target, source.meta.features)
+        target = name_joints(
+            config.policy.action_target,
+            source.meta.features,
+            also_absolute=config.policy.disabled_relative_step is not None,
+        )
         adapted = dataclasses.replace(policy_config, action_target=target)
         target_stats = _target_statistics(adapted, source) if target.is_transformed else None
         rename, size = source.config.rename_map, config.dataset.image_size
         policies.append(base.make_policy(adapted, stats, rename, target_stats, size))
-    if policies[0].preprocessor.has_text:
-        tables = _task_tokens(policies[0], sources)
-        policies = [each.replace(task_tokens=table) for each, table in zip(policies, tables, strict=True)]
-    return policies
+    return with_task_tokens(policies, sources)
 
 
 def open_weights(policy: FunctionalPolicy) -> PolicyWeights | None:
@@ -229,84 +229,6 @@ def open_weights(policy: FunctionalPolicy) -> PolicyWeights | None:
     return base.open_policy(folder, config)[1]
 
 
-def _task_tokens(
-    policy: FunctionalPolicy, sources: Sequence[Source]
-) -> list[dict[str, Shaped[np.ndarray, "tasks l"]]]:
-    """Tokenize the tasks of all datasets, once and together, so that all have the same number of tokens."""
-    tokens = policy.tokenize({TASK: [task for source in sources for task in source.meta.tasks]})
-    ends = np.cumsum([len(source.meta.tasks) for source in sources])[:-1]
-    parts = {key: np.split(table, ends) for key, table in tokens.items()}
-    return [{key: tables[i] for key, tables in parts.items()} for i in range(len(sources))]
-
-
-def _policy_features(
-    config: TrainConfig, sources: Sequence[Source]
-) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:
-    """Give the policy's inputs and outputs: its own, or what the datasets have; vectors as wide as the widest."""
-    offered: dict[str, PolicyFeature] = {}
-    chosen = {**config.policy.input_features, **config.policy.output_features}
-    for source in sources:
-        for key, feature in source.features.items():
-            if config.policy.input_features and config.policy.output_features and key not in chosen:
-                continue
-            other = offered.setdefault(key, feature)
-            if len(feature.shape) == 1 and other.type == feature.type:
-                offered[key] = max(feature, other, key=lambda f: f.shape)
-            elif other != feature:
-                raise InputError(
-                    f"dataset.mixture: '{key}' is {feature.shape} in {source.name}, {other.shape} in another "
-                    "dataset; dataset.image_size can make images equal"
-                )
-    found_outputs = {k: f for k, f in offered.items() if f.type == FeatureType.ACTION}
-    outputs = config.policy.output_features or found_outputs
-    inputs = config.policy.input_features or {k: f for k, f in offered.items() if k not in found_outputs}
-    for name, features in (("input", inputs), ("output", outputs)):
-        for key, feature in features.items():
-            for source in sources:
-                _check_offered(f"policy.{name}_features", key, feature, source, padded=len(sources) > 1)
-    return inputs, outputs
-
-
-def _check_cameras(config: TrainConfig, source: Source, inputs: Mapping[str, PolicyFeature]) -> None:
-    """Check a dataset's cameras, and the sizes that image transforms make of their frames."""
-    wanted = {key: f.shape[1:] for key, f in inputs.items() if f.type == FeatureType.VISUAL}
-    given = {key: source.features[key].shape[1:] for key in wanted if key in source.features}
-    if wanted and not given:
-        raise InputError(
-            f"{source.name}: has none of the cameras {sorted(wanted)}, only {source.meta.camera_keys}; "
-            "rename_map can rename"
-        )
-    if len(given) < len(wanted):
-        logging.warning("%s: lacks %s, which will be black", source.name, sorted(set(wanted) - set(given)))
-    transforms = config.dataset.image_transforms
-    if transforms.enable and config.dataset.image_size is None:
-        check_sizes(transforms, given, {key: wanted[key] for key in given})
-    elif transforms.enable:  # the policy resizes
-        for key, size in given.items():
-            final_size(transforms, key, *size)
-
-
-def _check_offered(where: str, key: str, wanted: PolicyFeature, source: Source, *, padded: bool) -> None:
-    has = source.features.get(key)
-    if has == wanted:
-        return
-    if padded and has is None and wanted.type == FeatureType.VISUAL:
-        return
-    if (
-        padded
-        and has is not None
-        and has.type == wanted.type
-        and len(has.shape) == 1
-        and has.shape <= wanted.shape
-    ):
-        return
-    found = f"in shape {has.shape}" if has else f"only {sorted(source.features)}"
-    raise InputError(
-        f"{where}: '{key}' of shape {wanted.shape} is needed, dataset {source.name} has it {found}; "
-        "rename_map can rename"
-    )
-
-
 def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyFeature]) -> Any:
     """Give a dataset's statistics under the policy's names."""
     if source.data is None:
@@ -318,7 +240,8 @@ def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyF
     stats = {rename.get(k, k): dict(values) for k, values in known.items()}
     if config.dataset.use_imagenet_stats:
         for key, feature in features.items():
-            if feature.type == FeatureType.VISUAL:
+            is_never_seen = key not in source.features and config.policy.optional_cameras
+            if feature.type == FeatureType.VISUAL and not is_never_seen:
                 images = {name: np.array(v).reshape(3, 1, 1) for name, v in IMAGENET_STATS.items()}
                 stats[key] = stats.get(key, {}) | images
     return mixture.pad_statistics(stats, features) if config.dataset.mixture else stats
@@ -350,11 +273,10 @@ def _row(feature: PolicyFeature) -> tuple[int, ...]:
 
 
 def batch_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
-    """List what a batch needs: the policy's inputs and outputs under the dataset's names, padding, the task."""
+    """List what a batch needs of a dataset, by its names: inputs and outputs of the policy, padding, the task."""
     original = {new: old for old, new in source.config.rename_map.items()}
     keys = [original.get(key, key) for key in (*policy.config.input_features, *policy.config.output_features)]
-    number = [TASK_INDEX] if policy.preprocessor.has_text else []
-    return keys + [f"{key}_is_pad" for key in keys] + number
+    return keys + [f"{key}_is_pad" for key in keys] + text_keys(policy)
 
 
 def training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
@@ -365,9 +287,9 @@ def training_keys(policy: FunctionalPolicy, source: Source) -> list[str]:
 def training_samples(
     config: TrainConfig,
     sources: Sequence[Source],
-    policy: FunctionalPolicy,
+    policies: Sequence[FunctionalPolicy],
     whole: jax.sharding.Sharding,
-    split: jax.sharding.Sharding,
+    split: jax.sharding.NamedSharding,
 ) -> Samples:
     """Give the samples in training order; decode frames into the cache or copy them to the devices before.
 
@@ -376,11 +298,11 @@ def training_samples(
     Args:
         config: the run's.
         sources: its datasets.
-        policy: tells what a sample has.
+        policies: tell what a sample of each dataset has.
         whole: keeps a copy of an array on every device.
         split: how a batch lies on the devices.
     """
-    dropped = config.policy.num_dropped_frames
+    dropped, policy = config.policy.num_dropped_frames, policies[0]
     if isinstance(stream := sources[0].data, Stream):
         (source,) = sources
         return StreamedSamples(
@@ -390,40 +312,55 @@ def training_samples(
             config.seed,
             buffer_size=config.dataset.buffer_size,
             drop_n_last_frames=dropped,
+            finish=sample_finishes(config, sources, policies)[0],
             **source.settings,
         )
     seeds = [run.seed for run in config.runs]
     if _prepare_frames(config, sources):
         (source,) = sources
         keys, rows = training_keys(policy, source), source.dataset.rows_of(source.train_episodes, dropped)
-        return DeviceRows(source.dataset, rows, keys, seeds if len(seeds) > 1 else seeds[0], whole, split)
-    orders = [_host_samples(config, sources, policy, seed) for seed in seeds]
+        seed = seeds if len(seeds) > 1 else seeds[0]
+        tokenize = make_tokenize(policy, is_mixture=False)
+        return DeviceRows(source.dataset, rows, keys, seed, whole, split, tokenize)
+    orders = [_host_samples(config, sources, policies, seed) for seed in seeds]
     return SeedSamples(orders) if len(seeds) > 1 else orders[0]
 
 
 def _host_samples(
-    config: TrainConfig, sources: Sequence[Source], policy: FunctionalPolicy, seed: int
+    config: TrainConfig, sources: Sequence[Source], policies: Sequence[FunctionalPolicy], seed: int
 ) -> Samples:
     """Give the samples in the order of a seed, read on the host."""
     parts: list[Samples] = []
-    for i, source in enumerate(sources):
+    finishes = sample_finishes(config, sources, policies)
+    for i, (source, policy, finish) in enumerate(zip(sources, policies, finishes, strict=True)):
         rows = source.dataset.rows_of(source.train_episodes, config.policy.num_dropped_frames)
-        parts.append(ShuffledRows(source.dataset, rows, training_keys(policy, source), seed, stream=i))
+        keys = training_keys(policy, source)
+        parts.append(ShuffledRows(source.dataset, rows, keys, seed, stream=i, finish=finish))
     if not config.dataset.mixture:
         return parts[0]
-    maps = [feature_map(policy, source) for source in sources]
-    return mixture.MixedSamples(parts, maps, [source.config.weight for source in sources], seed)
+    return mixture.MixedSamples(parts, [source.config.weight for source in sources], seed)
 
 
-def feature_map(policy: FunctionalPolicy, source: Source) -> mixture.FeatureMap:
-    """Tell how a dataset's samples become the policy's, in a mixture."""
-    rename = source.config.rename_map
-    features = {**policy.config.input_features, **policy.config.output_features}
-    deltas: dict[str, list[float]] = source.settings["delta_timestamps"]
-    steps = {rename.get(key, key): len(delta) for key, delta in deltas.items()}
-    if (indices := policy.config.observation_delta_indices) is not None:
-        steps |= dict.fromkeys(policy.config.image_features, len(indices))
-    return mixture.FeatureMap(features, steps, rename)
+def sample_finishes(
+    config: TrainConfig, sources: Sequence[Source], policies: Sequence[FunctionalPolicy]
+) -> list[Callable[[Batch], Batch]]:
+    """Tell what becomes of each dataset's samples as they are read.
+
+    In a mixture they get the policy's names and widths; tokens, if its text tells numbers of the sample.
+    """
+    is_mixture = bool(config.dataset.mixture)
+    finishes: list[Callable[[Batch], Batch]] = []
+    for source, policy in zip(sources, policies, strict=True):
+        steps = [feature_map(policy.config, source, sources)] if is_mixture else []
+        tokenize = make_tokenize(policy, is_mixture=is_mixture)
+        finishes.append(functools.partial(_apply, [*steps, *([tokenize] if tokenize else [])]))
+    return finishes
+
+
+def _apply(functions: Sequence[Callable[[Batch], Batch]], batch: Batch) -> Batch:
+    for function in functions:
+        batch = function(batch)
+    return batch
 
 
 def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
@@ -458,7 +395,7 @@ def _prepare_frames(config: TrainConfig, sources: Sequence[Source]) -> bool:
 def held_out_batches(
     config: TrainConfig,
     sources: Sequence[Source],
-    policy: FunctionalPolicy,
+    policies: Sequence[FunctionalPolicy],
     samples: Samples,
     place: Callable[[int], BatchPlacement],
 ) -> dict[str, Iterator[tuple[BatchPlacement, Batch]]]:
@@ -467,12 +404,13 @@ def held_out_batches(
     Args:
         config: the run's.
         sources: its datasets.
-        policy: tells what a sample has.
+        policies: tell what a sample of each dataset has.
         samples: those of training.
         place: tells where a batch of so many samples lies; this process gets what it needs of it.
     """
     found = {}
-    for i, source in enumerate(sources):
+    finishes = sample_finishes(config, sources, policies)
+    for i, (source, policy) in enumerate(zip(sources, policies, strict=True)):
         if isinstance(samples, StreamedSamples):
             whole = samples.validation_batches(
                 source.held_out_episodes, config.batch_size, config.max_eval_samples
@@ -482,9 +420,7 @@ def held_out_batches(
             rows = source.dataset.first_rows(source.held_out_episodes, config.max_eval_samples)
             keys = batch_keys(policy, source)
             batches = loader.validation_batches(source.dataset, rows, keys, config.batch_size, place)
-        if config.dataset.mixture:
-            batches = _marked(batches, feature_map(policy, source), i)
-        found[source.name] = batches
+        found[source.name] = _finished(batches, finishes[i], i if config.dataset.mixture else None)
     return found
 
 
@@ -494,12 +430,16 @@ def _parts(
     """Give of whole batches what this process needs."""
     for batch in batches:
         placement = place(len(batch[ACTION]))
-        yield placement, {key: value[placement.rows] for key, value in batch.items()}
+        rows = placement.rows
+        yield (
+            placement,
+            {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in batch.items()},
+        )
 
 
-def _marked(
-    batches: Iterator[tuple[BatchPlacement, Batch]], to_policy: mixture.FeatureMap, number: int
+def _finished(
+    batches: Iterator[tuple[BatchPlacement, Batch]], finish: Callable[[Batch], Batch], number: int | None
 ) -> Iterator[tuple[BatchPlacement, Batch]]:
     for placement, batch in batches:
-        marked = {mixture.DATASET_INDEX: np.full(len(placement.rows), number)}
-        yield placement, to_policy(batch) | marked
+        marked = {} if number is None else {mixture.DATASET_INDEX: np.full(len(placement.rows), number)}
+        yield placement, finish(batch) | marked

@@ -174,11 +174,14 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
         source.episodes,
         windows,
         revision=source.revision,
-        cameras=[*policy.config.image_features],
+        cameras=[
+            key for key in policy.config.needed_inputs(meta.features) if key in policy.config.image_features
+        ],
     )
     rows = np.sort(np.random.default_rng(config.seed).choice(len(dataset), config.num_samples, replace=False))
     batch = dataset.read(rows)
-    missing = [key for key in policy.config.input_features if key not in batch]
+    needed = policy.config.needed_inputs(batch)
+    missing = [key for key in needed if key not in batch]
     if missing:
         raise InputError(f"the policy needs {missing}, {source.repo_id} has {sorted(dataset.features)}")
 
@@ -186,7 +189,7 @@ def predict_samples(policy_folder: Path, config: VisualizeConfig) -> dict[str, A
         actions = policy.sample_actions(params, buffers, policy.preprocess(observation), key)
         return policy.postprocess(actions, observation)
 
-    observation = {key: batch[key] for key in policy.config.input_features}
+    observation = {key: batch[key] for key in needed}
     if policy.preprocessor.has_text:
         observation = policy.tokenize(observation | {TASK: batch[TASK]})
     predicted = jax.jit(predict)(policy.params, policy.buffers, observation, jax.random.key(config.seed))

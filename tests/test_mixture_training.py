@@ -70,10 +70,10 @@ def test_each_sample_is_normalized_with_its_own_datasets_statistics(arguments: l
     assert policies[0].config.output_features["action"].shape == (2,)
     mesh = sharding.make_mesh()
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, 64)
-    batch = training_data.training_samples(config, sources, policies[0], whole, split).read(np.arange(64))
+    batch = training_data.training_samples(config, sources, policies, whole, split).read(np.arange(64))
     assert np.bincount(batch["dataset_index"])[1] in range(8, 25)
     seeds = dataclasses.replace(config, num_seeds=2, seed=config.seed - 1)
-    both = training_data.training_samples(seeds, sources, policies[0], whole, split).read(np.arange(64))
+    both = training_data.training_samples(seeds, sources, policies, whole, split).read(np.arange(64))
     jax.tree.map(lambda values, expected: np.testing.assert_array_equal(values[1], expected), both, batch)
     assert (both["action"][0] != both["action"][1]).any()
     seen = jax.jit(train_step.make_preprocess(policies, is_mixture=True))(batch)
@@ -134,15 +134,15 @@ def test_a_mixture_of_one_trains_as_that_dataset_alone(arguments: list[str], roo
     """The order of a dataset's samples does not depend on the others."""
     config = load_config(arguments)
     sources = training_data.open_sources(config)
-    policy = training_data.build_policies(config, sources)[0]
+    policies = training_data.build_policies(config, sources)
     mesh = sharding.make_mesh()
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, 8)
-    mixed = training_data.training_samples(config, sources, policy, whole, split).read(np.arange(100))
+    mixed = training_data.training_samples(config, sources, policies, whole, split).read(np.arange(100))
     alone_dataset = DatasetConfig("test/wide", root=str(roots["wide"]), eval_split=0.3)
     alone = dataclasses.replace(config, dataset=alone_dataset)
     source = training_data.open_sources(alone)
     samples = training_data.training_samples(
-        alone, source, training_data.build_policies(alone, source)[0], whole, split
+        alone, source, training_data.build_policies(alone, source), whole, split
     )
     wide = mixed["action"][mixed["dataset_index"] == 0]
     np.testing.assert_array_equal(wide, samples.read(np.arange(len(wide)))["action"])

@@ -98,12 +98,13 @@ def test_runs_from_before_there_were_weights_go_on_without(arguments: list[str],
 
 
 def open_samples(config: TrainConfig):
-    """Give what `train.main` opens: the sources, and the samples in training order."""
+    """Give what `train.main` opens: the sources, a policy for each, and the samples in training order."""
     sources = training_data.open_sources(config)
     policies = training_data.build_policies(config, sources)
     mesh = sharding.make_mesh()
     placement = sharding.replicated(mesh), sharding.batch_sharding(mesh, 64)
-    return sources, training_data.training_samples(config, sources, policies[0], *placement)
+    samples = training_data.training_samples(config, sources, policies, *placement)
+    return sources, policies, samples
 
 
 def assert_weights_are_those_of_the_frames(batch, weights: list[np.ndarray], datasets: list[LeRobotDataset]):
@@ -138,29 +139,24 @@ def test_weights_travel_with_the_samples(
     }
     chosen = dataclasses.replace(config.dataset, **changes[way])
     config = dataclasses.replace(config, dataset=chosen, num_seeds=2 if way == "seeds" else 1)
-    sources, samples = open_samples(config)
+    sources, policies, samples = open_samples(config)
     weights = [source.settings["added_columns"]["sample_weight"] for source in sources]
     batch = samples.read(np.arange(64))
     for part in [jax.tree.map(lambda x: x[1], batch)] if way == "seeds" else [batch]:
         assert_weights_are_those_of_the_frames(part, weights, datasets)
     if way != "streaming":
         place = SeedLayout(1, sharding.make_mesh()).shared_batch
-        held_out = training_data.held_out_batches(config, sources, _policy(config, sources), samples, place)
+        held_out = training_data.held_out_batches(config, sources, policies, samples, place)
         assert all("sample_weight" not in next(batches)[1] for batches in held_out.values())
     if isinstance(samples, StreamedSamples):
         samples.close()
-
-
-def _policy(config: TrainConfig, sources):
-    return training_data.build_policies(config, sources)[0]
 
 
 @pytest.mark.slow
 def test_in_a_mixture_the_loss_of_a_dataset_is_weighted_too(arguments: list[str]):
     """Against the losses of single samples; a dataset whose samples do not count has none."""
     config = load_config(arguments)
-    sources, samples = open_samples(config)
-    policy = _policy(config, sources)
+    _, (policy, *_), samples = open_samples(config)
     params, buffers = jax.jit(policy.init)(jax.random.key(0))
     batch, key = samples.read(np.arange(8)), jax.random.key(1)
     sample_losses = functools.partial(policy.loss_fn, reduction="none")

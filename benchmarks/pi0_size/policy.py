@@ -104,7 +104,7 @@ class Pi0SizePolicy(Policy):
 
     def __init__(self, config: Pi0SizeConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dtype, (wide, narrow) = config.dtype, config.widths
+        dtype, (wide, narrow) = config.compute_dtype, config.widths
         self.embedding = Embedding(config.vocabulary, wide, rngs=rngs)
         self.patches = Linear(3 * config.patch**2, config.vision_width, dtype=dtype, rngs=rngs)
         positions = ((config.image_size // config.patch) ** 2, config.vision_width)
@@ -149,7 +149,7 @@ class Pi0SizePolicy(Policy):
         num = len(images)
         patch = self.config.patch
         x = einops.rearrange(images, "b v (h p) (w q) c -> (b v) (h w) (p q c)", p=patch, q=patch)
-        x = self.patches(x) + self.positions[...][None].astype(self.config.dtype)
+        x = self.patches(x) + self.positions[...][None].astype(self.config.compute_dtype)
         x = self.vision_proj(self.vision_norm(self.vision(x)))
         x = einops.rearrange(x, "(b v) l d -> b (v l) d", b=num)
         tokens = jnp.broadcast_to(jnp.arange(self.config.num_tokens)[None], (num, self.config.num_tokens))
@@ -176,7 +176,7 @@ class VisionBlock(nnx.Module):
     """Attention and an MLP."""
 
     def __init__(self, config: Pi0SizeConfig, *, rngs: nnx.Rngs):
-        d, wide, dtype = config.vision_width, config.vision_mlp, config.dtype
+        d, wide, dtype = config.vision_width, config.vision_mlp, config.compute_dtype
         self.norm1, self.norm2 = (LayerNorm(d, dtype=dtype, rngs=rngs) for _ in range(2))
         self.q, self.k, self.v, self.o = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
         self.fc1 = Linear(d, wide, dtype=dtype, rngs=rngs)
@@ -215,7 +215,7 @@ class Expert(nnx.Module):
     """A layer of one of the two transformers."""
 
     def __init__(self, config: Pi0SizeConfig, d: int, wide: int, *, rngs: nnx.Rngs):
-        dtype, inner = config.dtype, config.heads * config.head_dim
+        dtype, inner = config.compute_dtype, config.heads * config.head_dim
         self.norm1, self.norm2 = (LayerNorm(d, dtype=dtype, rngs=rngs) for _ in range(2))
         self.q = Linear(d, inner, dtype=dtype, rngs=rngs)
         self.k, self.v = (Linear(d, config.head_dim, dtype=dtype, rngs=rngs) for _ in range(2))

@@ -105,16 +105,13 @@ class Assignment:
 class MixedSamples:
     """Samples of several datasets; the entry `dataset_index` tells which a sample is from."""
 
-    def __init__(
-        self, parts: Sequence[Samples], maps: Sequence[FeatureMap], weights: Sequence[float], seed: int
-    ):
+    def __init__(self, parts: Sequence[Samples], weights: Sequence[float], seed: int):
         """Args:
-        parts: the samples of each dataset.
-        maps: how each dataset's samples become the policy's.
+        parts: the samples of each dataset, under the names and in the widths of the policy.
         weights: how often each is drawn, relative to the others.
         seed: of the order.
         """
-        self.parts, self.maps = list(parts), list(maps)
+        self.parts = list(parts)
         self._assignment = Assignment(weights, seed)
 
     def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
@@ -122,7 +119,7 @@ class MixedSamples:
         batch: Batch = {DATASET_INDEX: which}
         for dataset in np.unique(which):
             chosen = np.flatnonzero(which == dataset)
-            part = self.maps[dataset](self.parts[dataset].read(number[chosen]))
+            part = self.parts[dataset].read(number[chosen])
             for key, value in part.items():
                 if key == TASK:
                     value = np.array(value, object)

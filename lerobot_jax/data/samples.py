@@ -7,7 +7,7 @@ a leading axis of seeds.
 
 import functools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Int
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.features import TASK
 from lerobot_jax.progress import progress_bar
-from lerobot_jax.sharding import place
+from lerobot_jax.sharding import BatchPlacement, place
 
 Batch = dict[str, Any]
 UPLOAD_BYTES = 64_000_000  # frames travel to the devices in pieces of about this size
@@ -68,7 +68,13 @@ class ShuffledRows:
     """Rows of a dataset, shuffled, read on the host."""
 
     def __init__(
-        self, dataset: LeRobotDataset, rows: np.ndarray, keys: Collection[str], seed: int, stream: int = 0
+        self,
+        dataset: LeRobotDataset,
+        rows: np.ndarray,
+        keys: Collection[str],
+        seed: int,
+        stream: int = 0,
+        finish: Callable[[Batch], Batch] = lambda batch: batch,
     ):
         """Args:
         dataset: where the samples are.
@@ -76,12 +82,13 @@ class ShuffledRows:
         keys: the entries that a sample has.
         seed: of the order.
         stream: the number of the dataset in a mixture.
+        finish: changes a batch that was read.
         """
-        self.dataset, self.rows, self.keys = dataset, rows, keys
+        self.dataset, self.rows, self.keys, self._finish = dataset, rows, keys, finish
         self._shuffle = Shuffle(len(rows), seed, stream)
 
     def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
-        return self.dataset.read(self.rows[self._shuffle.at(positions)], self.keys)
+        return self._finish(self.dataset.read(self.rows[self._shuffle.at(positions)], self.keys))
 
 
 class SeedSamples:
@@ -108,7 +115,8 @@ class DeviceRows:
         keys: Collection[str],
         seed: int | Sequence[int],
         whole: jax.sharding.Sharding,
-        split: jax.sharding.Sharding,
+        split: jax.sharding.NamedSharding,
+        tokenize: Callable[[Batch], Batch] | None = None,
     ):
         """Copy the dataset to the devices.
 
@@ -119,8 +127,10 @@ class DeviceRows:
             seed: of the order; several seeds: a batch has that of each, stacked.
             whole: keeps a copy of an array on every device.
             split: how a batch lies on the devices.
+            tokenize: makes tokens of samples without images, if there are to be any.
         """
-        self.rows = rows
+        self.dataset, self.rows, self._split, self._tokenize = dataset, rows, split, tokenize
+        self._keys_on_host = [key for key in keys if key not in dataset.cameras]
         self._is_stacked = not isinstance(seed, int)
         self._shuffles = [Shuffle(len(rows), each) for each in ([seed] if isinstance(seed, int) else seed)]
         self._arrays = _copy_to_devices(dataset, keys, whole)
@@ -133,7 +143,23 @@ class DeviceRows:
 
     def read(self, positions: Int[np.ndarray, " b"]) -> Batch:
         rows = [self.rows[shuffle.at(positions)].astype(np.int32) for shuffle in self._shuffles]
-        return self._gather(self._arrays, np.stack(rows) if self._is_stacked else rows[0])
+        batch = self._gather(self._arrays, np.stack(rows) if self._is_stacked else rows[0])
+        return batch if self._tokenize is None else batch | self._tokens(rows, self._tokenize)
+
+    def _tokens(
+        self, rows: Sequence[Int[np.ndarray, " b"]], tokenize: Callable[[Batch], Batch]
+    ) -> dict[str, jax.Array]:
+        """Make tokens on the host, of the samples that devices of this process need."""
+        placement = BatchPlacement.of(self._split, len(rows[0]))
+        numbers = [self.dataset.read(some[placement.rows], self._keys_on_host) for some in rows]
+        told = [tokenize(batch) for batch in numbers]
+        names = told[0].keys() - numbers[0].keys()
+        return placement.put(
+            {
+                key: np.stack([each[key] for each in told]) if self._is_stacked else told[0][key]
+                for key in names
+            }
+        )
 
 
 def device_bytes(dataset: LeRobotDataset) -> int:

@@ -21,7 +21,7 @@ import dataclasses
 import re
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,18 +258,20 @@ class StreamedSamples:
         buffer_size: int = 10_000,
         max_num_shards: int = 4,
         drop_n_last_frames: int = 0,
+        finish: Callable[[Batch], Batch] = lambda batch: batch,
         **settings: Any,
     ):
         """Args:
         stream: where the samples are.
         episodes, seed, buffer_size, max_num_shards, drop_n_last_frames: see `StreamOrder`.
         keys: the entries that a sample has.
+        finish: changes a batch that was read in training order.
         settings: `delta_timestamps`, `tolerance_s`, `cameras`, `image_size`, `added_columns` of `LeRobotDataset`.
         """
         for name, value in (("buffer_size", buffer_size), ("max_num_shards", max_num_shards)):
             if value < 1:
                 raise InputError(f"dataset.{name} must be at least 1, it is {value}")
-        self.stream, self.keys, self._settings = stream, keys, settings
+        self.stream, self.keys, self._settings, self._finish = stream, keys, settings, finish
         self._buffer_size = buffer_size
         self.order = StreamOrder(stream.meta, episodes, seed, buffer_size, max_num_shards, drop_n_last_frames)
         self._changed = threading.Condition()
@@ -309,7 +311,8 @@ class StreamedSamples:
                 self._look_ahead(int(number))
                 parts.append(window.read(frames[here], self.keys))
             places.append(here)
-        return parts[0] if len(parts) == 1 else _joined(parts, np.argsort(np.concatenate(places)))
+        batch = parts[0] if len(parts) == 1 else _joined(parts, np.argsort(np.concatenate(places)))
+        return self._finish(batch)
 
     def validation_batches(
         self, episodes: Sequence[int], batch_size: int, max_samples: int = 0

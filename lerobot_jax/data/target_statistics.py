@@ -94,17 +94,21 @@ def complete_statistics(stats: Mapping[str, Mapping[str, np.ndarray]], columns: 
     return completed
 
 
-def name_joints(target: ActionTarget, features: Mapping[str, Mapping[str, Any]]) -> ActionTarget:
+def name_joints(
+    target: ActionTarget, features: Mapping[str, Mapping[str, Any]], *, also_absolute: bool = False
+) -> ActionTarget:
     """Give the target with the names of a dataset's action dimensions, if it is not absolute.
 
     Args:
         target: what is predicted.
         features: what info.json says of the features.
+        also_absolute: name them for absolute actions too, of which no joint is excluded.
 
     Raises:
         InputError: naming an excluded joint that the dataset does not have.
     """
-    if target.representation == "absolute" or ACTION not in features:
+    is_absolute = target.representation == "absolute"
+    if ACTION not in features or (is_absolute and not also_absolute):
         return target
     names = features[ACTION].get("names")
     if isinstance(names, Mapping):  # {"motors": [...]}, or {name: place}
@@ -113,7 +117,7 @@ def name_joints(target: ActionTarget, features: Mapping[str, Mapping[str, Any]])
     known = None
     if names is not None and len(names) == features[ACTION]["shape"][0]:
         known = tuple(map(str, names))
-    for joint in filter(None, target.exclude_joints):
+    for joint in () if is_absolute else filter(None, target.exclude_joints):
         if not any(joint.lower() in name.lower() for name in known or ()):
             has = f"names {', '.join(known)}" if known else "does not name its action's dimensions"
             raise InputError(f"action_target.exclude_joints: no joint is called '{joint}'; the dataset {has}")

@@ -1,7 +1,7 @@
 """Equal blocks run one after the other, compiled once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,15 +34,41 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Any, *args: Any) -> Any:
         """Apply the blocks to `x` in turn, each as `block(x, *args)`; in `x`, samples are the first axis."""
-        graphdef, arrays = nnx.split(self.block)
-        types = weights.cast_types(self.block)
-        settings = execution.current()
-        if settings.remat is None:
-            settings = dataclasses.replace(settings, remat="full")
+        return scan_stacks((self,), lambda blocks, x: (blocks[0](x, *args), None), x)[0]
 
-        @settings.checkpoint
-        def apply(x, layer):
-            block = nnx.merge(graphdef, nnx.State(weights.ready(layer, types)))
-            return settings.shard_batch(block(x, *args)), None
 
-        return jax.lax.scan(apply, settings.shard_batch(x), nnx.to_pure_dict(arrays))[0]
+def scan_stacks(
+    stacks: Sequence[Stack],
+    apply: Callable[..., tuple[Any, Any]],
+    x: Any,
+    per_layer: tuple[Any, ...] = (),
+) -> tuple[Any, Any]:
+    """Go through the layers of one or several stacks side by side.
+
+    Args:
+        stacks: of equal length.
+        apply: `apply(blocks, x, *of_layer)` gives (x, what to keep of the layer), for one block of each stack.
+        x: what goes from layer to layer; samples are the first axis.
+        per_layer: trees of arrays whose first axis is that of layers; each layer is given its part of them.
+
+    Returns:
+        (x after the last layer, what was kept, with a leading axis of layers)
+    """
+    graphdefs, arrays = zip(*(nnx.split(stack.block) for stack in stacks), strict=True)
+    types = [weights.cast_types(stack.block) for stack in stacks]
+    settings = execution.current()
+    if settings.remat is None:
+        settings = dataclasses.replace(settings, remat="full")
+
+    @settings.checkpoint
+    def step(x, inputs):
+        layers, of_layer = inputs
+        blocks = [
+            nnx.merge(graphdef, nnx.State(weights.ready(layer, each)))
+            for graphdef, layer, each in zip(graphdefs, layers, types, strict=True)
+        ]
+        x, kept = apply(blocks, x, *of_layer)
+        return settings.shard_batch(x), kept
+
+    layers = [nnx.to_pure_dict(each) for each in arrays]
+    return jax.lax.scan(step, settings.shard_batch(x), (layers, per_layer))

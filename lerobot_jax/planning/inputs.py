@@ -17,7 +17,7 @@ from lerobot_jax.data.metadata import LeRobotDatasetMetadata
 from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.streaming import open_stream
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import FeatureType, PolicyFeature
+from lerobot_jax.features import TASK, FeatureType, PolicyFeature
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policy_weights import PolicyWeights
@@ -46,7 +46,7 @@ def weights_at_hand(policy: FunctionalPolicy) -> PolicyWeights | None:
 def batch_shapes(
     config: TrainConfig,
     sources: Sequence[Source],
-    policy: FunctionalPolicy,
+    policies: Sequence[FunctionalPolicy],
     sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Tell what the train step gets as a batch, from metadata alone, and where it lies.
@@ -54,10 +54,12 @@ def batch_shapes(
     The shapes have the leading axes of seeds, if there are several, and of micro-batches, if gradients are
     accumulated; the types are those on the devices.
     """
-    samples = [_blank_sample(source, training_data.training_keys(policy, source)) for source in sources]
+    finishes = training_data.sample_finishes(config, sources, policies)
+    samples = [
+        finish(_blank_sample(source, training_data.training_keys(policy, source)))
+        for source, policy, finish in zip(sources, policies, finishes, strict=True)
+    ]
     if config.dataset.mixture:
-        maps = [training_data.feature_map(policy, source) for source in sources]
-        samples = [to_policy(sample) for to_policy, sample in zip(maps, samples, strict=True)]
         samples[0] |= {mixture.DATASET_INDEX: np.zeros(1, np.int64)}
     accumulation = config.gradient_accumulation_steps
     lead = (*(n for n in (config.num_seeds, accumulation) if n > 1), config.batch_size)
@@ -85,6 +87,7 @@ def _blank_sample(source: Source, keys: Sequence[str]) -> Batch:
             sample[key] = np.zeros((1, *steps, *tables.row_shape(feature)), tables.row_dtype(feature))
     added = source.settings["added_columns"].items()
     sample |= {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added}
+    sample[TASK] = [source.meta.tasks[0]]
     return {key: value for key, value in sample.items() if key in keys}
 
 

@@ -59,7 +59,7 @@ class Measurer:
         """
         config = dataclasses.replace(self.config, batch_size=batch_size)
         program = self._program(config)
-        batch = inputs.batch_shapes(config, self.sources, self.policies[0], program.batch_sharding)
+        batch = inputs.batch_shapes(config, self.sources, self.policies, program.batch_sharding)
         traced = program.trace_step(batch)
         started = time.monotonic()
         lowered = traced.lower()
@@ -81,7 +81,7 @@ class Measurer:
         program = self._program(self.config)
         config = dataclasses.replace(self.config, remat="none")
         program_without = self._program(config)
-        batch = inputs.batch_shapes(config, self.sources, self.policies[0], program.batch_sharding)
+        batch = inputs.batch_shapes(config, self.sources, self.policies, program.batch_sharding)
         once = count_flops(program_without.trace_step(batch).jaxpr.jaxpr)
         num_params = sum(x.size for x in jax.tree.leaves(program.init_shapes[0]))
         trained = sum(x.size for x in jax.tree.leaves(program.seed_state["params"]))

@@ -155,13 +155,16 @@ class FunctionalPolicy:
         elif TASK_INDEX in batch:
             rows = {key: jnp.asarray(table)[batch[TASK_INDEX]] for key, table in self.task_tokens.items()}
             batch = {**batch, **rows}
-        features = self.config.image_features
-        renamed, resizes = self.preprocessor.rename_map, self.preprocessor.resizes_images
+        features, renamed = self.config.image_features, self.preprocessor.rename_map
         images = {
-            key: _to_float_image(key, value, features[renamed.get(key, key)].shape, any_size=resizes)
+            key: _to_float_image(
+                key, value, features[renamed.get(key, key)].shape, any_size=self.resizes_images
+            )
             for key, value in batch.items()
             if renamed.get(key, key) in features
         }
+        if features and not images and self.config.optional_cameras:
+            raise InputError(f"the policy needs one of {sorted(features)}, the batch has {sorted(batch)}")
         return self.preprocessor({**batch, **images})
 
     def postprocess(
@@ -191,6 +194,11 @@ class FunctionalPolicy:
         """
         config = dataclasses.replace(self.config, **settings)
         return self.replace(config=config, graphdef=_graphdef(config))
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether images may have any height and width."""
+        return self.config.resizes_images or self.preprocessor.resizes_images
 
     @property
     def module(self) -> Policy:
@@ -273,6 +281,7 @@ def make_policy(
         config.action_target,
         image_size,
         config.text_steps,
+        config.disabled_relative_step,
     )
     return FunctionalPolicy(config, _graphdef(config), pre, post)
 

@@ -7,18 +7,27 @@ import abc
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+from absl import logging
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, NormalizationMode, PolicyFeature
+from lerobot_jax.features import (
+    ACTION,
+    EMPTY_CAMERA,
+    OBS_STATE,
+    FeatureType,
+    NormalizationMode,
+    PolicyFeature,
+)
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.nn.execution import TensorAxis
-from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
-from lerobot_jax.processors.steps import Step
+from lerobot_jax.policies.rtc import RTCConfig
+from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget, RelativeActions
+from lerobot_jax.processors.text import TextStep
 from lerobot_jax.settings import check_settings
 
 CONFIG_NAME = "config.json"
@@ -30,6 +39,7 @@ class ParamGroup(NamedTuple):
     pattern: str  # a regular expression, matched at the start of dotted parameter names
     lr: float | None = None
     weight_decay: float | None = None
+    layer: int | None = None  # of a stack, only this one; negative: counted from the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +117,29 @@ class PolicyConfig(abc.ABC):
         return self.drop_n_last_frames or 0
 
     @property
-    def text_steps(self) -> tuple[Step, ...]:
+    def text_steps(self) -> tuple[TextStep, ...]:
         """How a new policy's preprocessor turns the task into tokens."""
         return ()
+
+    @property
+    def disabled_relative_step(self) -> RelativeActions | None:
+        """What the processors of absolute actions have in the place of the step that makes actions relative."""
+        return None
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the policy itself makes images of any height and width as it needs them."""
+        return False
+
+    @property
+    def optional_cameras(self) -> bool:
+        """Whether the policy does without cameras that a batch does not have, as long as it has one."""
+        return False
+
+    @property
+    def added_inputs(self) -> Mapping[str, PolicyFeature]:
+        """The inputs of a new policy besides those that a dataset has: cameras that are never there."""
+        return {}
 
     @property
     def param_groups(self) -> tuple[ParamGroup, ...]:
@@ -123,6 +153,11 @@ class PolicyConfig(abc.ABC):
         Those of other phases have gradients of 0 then, and the optimizer leaves them alone, their decay and its
         step count included, as PyTorch's does with parameters that have no gradient. Empty: there is one phase.
         """
+        return ()
+
+    @property
+    def frozen_params(self) -> tuple[str, ...]:
+        """Patterns of parameters that are never trained, as in `freeze`, but they may match nothing."""
         return ()
 
     @property
@@ -170,7 +205,7 @@ class PolicyConfig(abc.ABC):
         """Raise `InputError` unless the features suit the policy; called when they are known."""
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def compute_dtype(self) -> jnp.dtype:
         """The type of activations."""
         return jnp.dtype(jnp.bfloat16 if self.use_amp else jnp.float32)
 
@@ -186,6 +221,21 @@ class PolicyConfig(abc.ABC):
     @property
     def image_features(self) -> dict[str, PolicyFeature]:
         return {key: f for key, f in self.input_features.items() if f.type == FeatureType.VISUAL}
+
+    def needed_inputs(self, given: Collection[str]) -> list[str]:
+        """List the inputs that are needed where some are given; cameras may be optional, but not all of them."""
+        cameras = self.image_features
+        if not self.optional_cameras or not any(key in given for key in cameras):
+            return list(self.input_features)
+        return [key for key in self.input_features if key in given or key not in cameras]
+
+    def log_missing_cameras(self, where: str, given: Collection[str]) -> None:
+        """Say which cameras are not among the given inputs, except those that never are."""
+        missing = [
+            key for key in self.image_features if key not in given and not key.startswith(EMPTY_CAMERA)
+        ]
+        if missing:
+            logging.warning("%s lacks %s, which will be masked", where, ", ".join(missing))
 
     @property
     def action_feature(self) -> PolicyFeature:
@@ -236,9 +286,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def group_of(name: str, groups: tuple[ParamGroup, ...]) -> ParamGroup:
-    """Give the first group that a parameter belongs to, by its dotted name."""
-    return next((group for group in groups if re.match(group.pattern, name)), ParamGroup(""))
+def group_of(
+    name: str, groups: tuple[ParamGroup, ...], layer: int | None = None, num_layers: int = 0
+) -> ParamGroup:
+    """Give the first group that a parameter belongs to.
+
+    Args:
+        name: its dotted name.
+        groups: the policy's.
+        layer: of a parameter of a stack, which layer is meant.
+        num_layers: of how many.
+    """
+
+    def has_layer(group: ParamGroup) -> bool:
+        return group.layer is None or (layer is not None and group.layer % num_layers == layer)
+
+    found = (group for group in groups if re.match(group.pattern, name) and has_layer(group))
+    return next(found, ParamGroup(""))
 
 
 def _is_in_lerobot(field: dataclasses.Field) -> bool:
@@ -248,6 +312,10 @@ def _is_in_lerobot(field: dataclasses.Field) -> bool:
 def _to_json(value: Any) -> Any:
     if isinstance(value, PolicyFeature):
         return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {
+            f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if _is_in_lerobot(f)
+        }
     if isinstance(value, Mapping):
         return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -265,6 +333,7 @@ def _from_json(name: str, value: Any) -> Any:
             raise ValueError(f"{name} is {value!r}: {error}") from None
     if isinstance(value, list):
         return tuple(_from_json("", item) for item in value)
-    if name == "action_target":
-        return ActionTarget(**{key: _from_json("", item) for key, item in value.items()})
+    nested = {"action_target": ActionTarget, "rtc_config": RTCConfig}.get(name)
+    if nested is not None and isinstance(value, Mapping):
+        return nested(**{key: _from_json("", item) for key, item in value.items()})
     return value

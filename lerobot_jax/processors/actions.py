@@ -186,15 +186,18 @@ class SummedActions(AbsoluteActions):
 
 
 def make_action_steps(
-    target: ActionTarget, inputs: Mapping[str, PolicyFeature], outputs: Mapping[str, PolicyFeature]
+    target: ActionTarget,
+    inputs: Mapping[str, PolicyFeature],
+    outputs: Mapping[str, PolicyFeature],
+    disabled: RelativeActions | None = None,
 ) -> tuple[list[Step], list[Step]]:
-    """Build the steps before normalizing and after unnormalizing; none for absolute actions.
+    """Build the steps before normalizing and after unnormalizing; none for absolute actions, or disabled ones.
 
     Raises:
         InputError: when the policy's inputs have no state that actions could be relative to.
     """
     if target.representation == "absolute":
-        return [], []
+        return ([disabled], [AbsoluteActions(False, disabled)]) if disabled else ([], [])
     width = outputs[ACTION].shape[-1]
     if OBS_STATE not in inputs or inputs[OBS_STATE].shape[-1] < width:
         has = f"'{OBS_STATE}' of {inputs[OBS_STATE].shape[-1]}" if OBS_STATE in inputs else sorted(inputs)

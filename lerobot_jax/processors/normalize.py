@@ -197,22 +197,23 @@ def make_normalizers(
     """
     features = {**inputs, **outputs}
     norm_map = {FeatureType(kind): NormalizationMode(mode) for kind, mode in normalization.items()}
-    stored = {
-        key: {name: _stored(features.get(key), x) for name, x in values.items()}
-        for key, values in stats.items()
-    }
     kinds = (PerStepNormalizer, PerStepUnnormalizer) if per_step else (Normalizer, Unnormalizer)
-    normalizer, unnormalizer = kinds[0](features, norm_map, stored), kinds[1](outputs, norm_map, stored)
+    normalizer = kinds[0](features, norm_map, _stored(features, stats))
+    unnormalizer = kinds[1](outputs, norm_map, _stored(outputs, stats))
     normalizer.check_statistics()
     unnormalizer.check_statistics()
     return normalizer, unnormalizer
 
 
-def _stored(feature: PolicyFeature | None, statistic: np.ndarray) -> np.ndarray:
-    """Give a statistic as LeRobot stores it: float32; of an image, c becomes (c, 1, 1)."""
-    array = np.asarray(statistic, np.float32)
-    is_image = feature is not None and feature.type == FeatureType.VISUAL
-    return array.reshape(-1, 1, 1) if is_image and array.ndim == 1 else array
+def _stored(features: Mapping[str, PolicyFeature], stats: Stats) -> Stats:
+    """Give statistics as LeRobot stores them: float32; of an image among the features, c becomes (c, 1, 1)."""
+
+    def store(key: str, statistic: np.ndarray) -> np.ndarray:
+        array = np.asarray(statistic, np.float32)
+        is_image = key in features and features[key].type == FeatureType.VISUAL
+        return array.reshape(-1, 1, 1) if is_image and array.ndim == 1 else array
+
+    return {key: {name: store(key, x) for name, x in values.items()} for key, values in stats.items()}
 
 
 def _read_feature(key: str, described: Mapping[str, Any]) -> PolicyFeature:

@@ -127,6 +127,11 @@ class Pipeline:
         return bool(self._text_steps)
 
     @property
+    def text_tells_numbers(self) -> bool:
+        """Whether tokens depend on the numbers of a sample, and not on its task alone."""
+        return any(step.reads_numbers for step in self._text_steps)
+
+    @property
     def _text_steps(self) -> list[TextStep]:
         return [step for step in self.steps if isinstance(step, TextStep)]
 
@@ -256,27 +261,32 @@ def default_pipelines(
     rename_map: Mapping[str, str] | None = None,
     target: ActionTarget = ABSOLUTE,
     image_size: tuple[int, int] | None = None,
-    text_steps: Sequence[Step] = (),
+    text_steps: Sequence[TextStep] = (),
+    disabled_relative_step: RelativeActions | None = None,
 ) -> tuple[Pipeline, Pipeline]:
     """Build what most policies use: rename, batch, tokenize, device, normalize; and unnormalize, device.
 
-    Mirrors `lerobot.processor.factory.make_default_pre_post_processors`. The statistics of `action` must be those
-    of the target, whose steps stand where LeRobot's pi0 has them: beside the normalizer, on the raw side.
+    Mirrors `lerobot.processor.factory.make_default_pre_post_processors`. Text that tells numbers comes after these
+    are normalized, and before the device, as in LeRobot's pi05. The statistics of `action` must be those of the
+    target, whose steps stand where LeRobot's pi0 has them: beside the normalizer, on the raw side.
 
     Raises:
         InputError: naming a feature whose statistics are missing.
     """
-    to_target, from_target = make_action_steps(target, inputs, outputs)
+    to_target, from_target = make_action_steps(target, inputs, outputs, disabled_relative_step)
     per_step = target.statistics_per_step
     normalizer, unnormalizer = make_normalizers(inputs, outputs, normalization, stats, per_step=per_step)
-    pre: Sequence[Step] = (
-        RenameObservations(dict(rename_map or {})),
-        AddBatchDimension(),
-        *text_steps,
-        Device(device),
+    text: tuple[Step, ...] = (*text_steps, Device(device))
+    numbers: tuple[Step, ...] = (
         *([CropResizeImages(resize_size=image_size)] if image_size else []),
         *to_target,
         normalizer,
+    )
+    reads_numbers = any(step.reads_numbers for step in text_steps)
+    pre: Sequence[Step] = (
+        RenameObservations(dict(rename_map or {})),
+        AddBatchDimension(),
+        *(numbers + text if reads_numbers else text + numbers),
     )
     post: Sequence[Step] = (unnormalizer, *from_target, Device("cpu"))
     return Pipeline(PREPROCESSOR_NAME, tuple(pre)), Pipeline(POSTPROCESSOR_NAME, tuple(post))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import OBS_STATE, TASK
+from lerobot_jax.features import ACTION, OBS_STATE, TASK
 from lerobot_jax.processors.steps import Batch, Step
 from lerobot_jax.processors.tokenizer import TextTokenizer, find_tokenizer, read_tokenizer
 
@@ -33,6 +33,11 @@ class TextStep(Step):
     def writes(self) -> tuple[str, ...]:
         """The entries that it adds or changes."""
         raise NotImplementedError
+
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether it needs more than texts: the normalized state, or actions."""
+        return bool({OBS_STATE, ACTION}.intersection(self.reads))
 
     def missing_tokens(self, batch: Batch) -> list[str]:
         """List the tokens that a batch should have had from this step."""
@@ -160,7 +165,7 @@ class TokenizeTask(TextStep):
         return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
     def __call__(self, batch: Batch) -> Batch:
-        rows = [self._tokenizer.encode(task) for task in tasks_of(batch, self.task_key)]
+        rows = self._tokenizer.encode_batch(tasks_of(batch, self.task_key))
         tokens, mask = self._padded(rows)
         return batch | {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
 

@@ -6,7 +6,7 @@ anew. They are built in the same way here, because that can change the tokens. C
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,10 @@ class TextTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Give the token ids of a text."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Give the token ids of many texts, side by side and without the global lock."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
 
 
 def find_tokenizer(name: str, needed: str = TOKENIZER_NAME) -> Path:

@@ -34,13 +34,13 @@ def datasets(tmp_path_factory) -> list[LeRobotDataset]:
 @pytest.fixture(scope="module")
 def mixed(datasets: list[LeRobotDataset]) -> MixedSamples:
     renames = [{}, {"observation.images.front": TOP}]
-    maps = [FeatureMap(POLICY, {"action": 2}, rename) for rename in renames]
     parts = []
     for i, (dataset, rename) in enumerate(zip(datasets, renames, strict=True)):
         original = {new: old for old, new in rename.items()}
         keys = [original.get(key, key) for key in POLICY] + ["index", "action_is_pad", "task"]
-        parts.append(ShuffledRows(dataset, np.arange(len(dataset)), keys, seed=5, stream=i))
-    return MixedSamples(parts, maps, weights=[3, 1], seed=5)
+        finish = FeatureMap(POLICY, {"action": 2}, rename)
+        parts.append(ShuffledRows(dataset, np.arange(len(dataset)), keys, seed=5, stream=i, finish=finish))
+    return MixedSamples(parts, weights=[3, 1], seed=5)
 
 
 def test_datasets_are_drawn_by_weight():

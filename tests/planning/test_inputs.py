@@ -34,7 +34,7 @@ def _real_batch(config: TrainConfig) -> dict[str, Any]:
     policies = training_data.build_policies(config, sources)
     program = Program(config, policies, [source.name for source in sources], make_mesh())
     where = program.layout.replicated
-    samples = training_data.training_samples(config, sources, policies[0], where, program.samples_sharding)
+    samples = training_data.training_samples(config, sources, policies, where, program.samples_sharding)
     batch = samples.read(np.arange(program.samples_per_step))
     if config.gradient_accumulation_steps == 1:
         return batch
@@ -45,7 +45,7 @@ def _real_batch(config: TrainConfig) -> dict[str, Any]:
 
 def _expected(config: TrainConfig) -> dict[str, Any]:
     sources, policies = describe_run(config)
-    return batch_shapes(config, sources, policies[0])
+    return batch_shapes(config, sources, policies)
 
 
 def _dataset_features(policy: Any) -> dict[str, dict[str, Any]]:

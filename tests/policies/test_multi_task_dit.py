@@ -108,11 +108,11 @@ def seen_tokens(config: TrainConfig, batch_size: int = 32) -> tuple[dict[str, An
     policies = training_data.build_policies(config, sources)
     mesh = sharding.make_mesh()
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, batch_size)
-    samples = training_data.training_samples(config, sources, policies[0], whole, split)
+    samples = training_data.training_samples(config, sources, policies, whole, split)
     batch = samples.read(np.arange(batch_size))
     preprocess = jax.jit(train_step.make_preprocess(policies, is_mixture=bool(config.dataset.mixture)))
     held_out = training_data.held_out_batches(
-        config, sources, policies[0], samples, functools.partial(sharding.BatchPlacement.of, whole)
+        config, sources, policies, samples, functools.partial(sharding.BatchPlacement.of, whole)
     )
     batches = [batch, *(next(iter(batches))[1] for batches in held_out.values())]
     seen = [preprocess(batch) for batch in batches]

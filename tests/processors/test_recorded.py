@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lerobot_jax.processors import ACTION_TOKENS, OBS_LANGUAGE_TOKENS, load_pipelines
+from lerobot_jax.processors import (
+    ACTION_TOKENS,
+    OBS_LANGUAGE_TOKENS,
+    Device,
+    Normalizer,
+    RelativeActions,
+    Unnormalizer,
+    default_pipelines,
+    load_pipelines,
+)
+from lerobot_jax.processors.text import TextStep
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/tasks.json"))
@@ -41,6 +51,35 @@ def tokenized(folder: Path, pipeline) -> dict:
 def test_files_are_written_back_equal(folder: Path, tmp_path: Path):
     for pipeline in load_pipelines(folder):
         pipeline.save(tmp_path)
+    assert_same_files(tmp_path, folder)
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if name.startswith(("pi", "smolvla", "multi", "act"))])
+def test_new_pipelines_are_those_of_stock(name: str, tmp_path: Path):
+    folder = GOLDEN / name
+    pre, post = load_pipelines(folder)
+    (normalizer,) = (step for step in pre.steps if isinstance(step, Normalizer))
+    (device,) = (step for step in pre.steps if isinstance(step, Device))
+    unnormalizer = post.steps[0]
+    assert isinstance(unnormalizer, Unnormalizer)
+    outputs = unnormalizer.features
+    made = default_pipelines(
+        {key: feature for key, feature in normalizer.features.items() if key not in outputs},
+        outputs,
+        normalization={kind.value: mode for kind, mode in normalizer.norm_map.items()},
+        stats=unnormalizer.stats,
+        device=device.device or "cpu",
+        rename_map=pre.rename_map,
+        target=pre.action_target,
+        text_steps=[step for step in pre.steps if isinstance(step, TextStep)],
+        disabled_relative_step=next((step for step in pre.steps if isinstance(step, RelativeActions)), None),
+    )
+    for pipeline in made:
+        pipeline.save(tmp_path)
+    assert_same_files(tmp_path, folder)
+
+
+def assert_same_files(tmp_path: Path, folder: Path) -> None:
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {path.name for path in folder.glob("policy_*")}
     for name in written:

@@ -92,7 +92,7 @@ class VelocityMLP(nnx.Module):
     """The network: the velocity at (x_t, t), given the observation."""
 
     def __init__(self, config: FlowMLPConfig, *, rngs: nnx.Rngs):
-        d, dtype = config.hidden_dim, config.dtype
+        d, dtype = config.hidden_dim, config.compute_dtype
         num_observed = sum(feature.shape[0] for feature in config.input_features.values())
         num_actions = config.chunk_size * config.action_feature.shape[0]
         self.input_proj = Linear(num_observed + num_actions + 2 * NUM_HARMONICS, d, dtype=dtype, rngs=rngs)
@@ -112,7 +112,7 @@ class VelocityMLP(nnx.Module):
 
 class ResidualBlock(nnx.Module):
     def __init__(self, config: FlowMLPConfig, *, rngs: nnx.Rngs):
-        d, dtype = config.hidden_dim, config.dtype
+        d, dtype = config.hidden_dim, config.compute_dtype
         self.norm = LayerNorm(d, dtype=dtype, rngs=rngs)
         self.linear1 = Linear(d, d, dtype=dtype, rngs=rngs)
         self.linear2 = Linear(d, d, dtype=dtype, rngs=rngs)

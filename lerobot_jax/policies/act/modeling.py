@@ -107,7 +107,7 @@ class ACT(nnx.Module):
     """The network: images, states and a latent go through an encoder; a decoder asks it for the actions."""
 
     def __init__(self, config: ACTConfig, *, rngs: nnx.Rngs):
-        d, dtype = config.dim_model, config.dtype
+        d, dtype = config.dim_model, config.compute_dtype
         state, env, action = config.robot_state_feature, config.env_state_feature, config.action_feature
         if config.use_vae:  # a BERT-like encoder of [cls, state, *actions]
             self.vae_encoder = ACTEncoder(config, config.n_vae_encoder_layers, torch_uniform, rngs=rngs)
@@ -159,7 +159,7 @@ class ACT(nnx.Module):
         if self.config.env_state_feature:
             tokens.append(self.encoder_env_state_input_proj(batch[OBS_ENV_STATE])[:, None])
         for camera in self.config.image_features:
-            features = self.backbone(batch[camera].astype(self.config.dtype))
+            features = self.backbone(batch[camera].astype(self.config.compute_dtype))
             height, width = features.shape[1:3]
             tokens.append(
                 einops.rearrange(self.encoder_img_feat_input_proj(features), "b h w d -> b (h w) d")
@@ -180,7 +180,7 @@ class ACT(nnx.Module):
         cls = jnp.broadcast_to(
             self.vae_encoder_cls_embed.embedding[...], (len(actions), 1, self.config.dim_model)
         )
-        tokens = [cls.astype(self.config.dtype)]
+        tokens = [cls.astype(self.config.compute_dtype)]
         if self.config.robot_state_feature:
             tokens.append(self.vae_encoder_robot_state_input_proj(batch[OBS_STATE])[:, None])
         mask = jnp.concatenate([jnp.zeros((len(actions), len(tokens)), bool), is_pad], axis=1)  # b l
@@ -196,7 +196,9 @@ class ACTEncoder(nnx.Module):
 
     def __init__(self, config: ACTConfig, num_layers: int, kernel_init: nnx.Initializer, *, rngs: nnx.Rngs):
         self.layers = nnx.List([ACTEncoderLayer(config, kernel_init, rngs=rngs) for _ in range(num_layers)])
-        self.norm = LayerNorm(config.dim_model, dtype=config.dtype, rngs=rngs) if config.pre_norm else None
+        self.norm = (
+            LayerNorm(config.dim_model, dtype=config.compute_dtype, rngs=rngs) if config.pre_norm else None
+        )
 
     def __call__(
         self,
@@ -213,7 +215,7 @@ class ACTEncoder(nnx.Module):
 
 class ACTEncoderLayer(nnx.Module):
     def __init__(self, config: ACTConfig, kernel_init: nnx.Initializer, *, rngs: nnx.Rngs):
-        d, hidden, dtype = config.dim_model, config.dim_feedforward, config.dtype
+        d, hidden, dtype = config.dim_model, config.dim_feedforward, config.compute_dtype
         self.self_attn = _attention(config, kernel_init, rngs)
         self.linear1 = Linear(d, hidden, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.linear2 = Linear(hidden, d, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
@@ -247,7 +249,7 @@ class ACTDecoder(nnx.Module):
     def __init__(self, config: ACTConfig, kernel_init: nnx.Initializer, *, rngs: nnx.Rngs):
         num_layers = config.n_decoder_layers
         self.layers = nnx.List([ACTDecoderLayer(config, kernel_init, rngs=rngs) for _ in range(num_layers)])
-        self.norm = LayerNorm(config.dim_model, dtype=config.dtype, rngs=rngs)
+        self.norm = LayerNorm(config.dim_model, dtype=config.compute_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -265,7 +267,7 @@ class ACTDecoder(nnx.Module):
 
 class ACTDecoderLayer(nnx.Module):
     def __init__(self, config: ACTConfig, kernel_init: nnx.Initializer, *, rngs: nnx.Rngs):
-        d, hidden, dtype = config.dim_model, config.dim_feedforward, config.dtype
+        d, hidden, dtype = config.dim_model, config.dim_feedforward, config.compute_dtype
         self.self_attn = _attention(config, kernel_init, rngs)
         self.multihead_attn = _attention(config, kernel_init, rngs)
         self.linear1 = Linear(d, hidden, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
@@ -306,7 +308,7 @@ def _attention(config: ACTConfig, kernel_init: nnx.Initializer, rngs: nnx.Rngs) 
         config.n_heads,
         dropout=config.dropout,
         out_kernel_init=kernel_init,
-        dtype=config.dtype,
+        dtype=config.compute_dtype,
         rngs=rngs,
     )
 

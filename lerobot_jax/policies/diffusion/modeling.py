@@ -160,7 +160,7 @@ class DiffusionModel(nnx.Module):
                 crop=config.crop_size,
                 num_keypoints=config.spatial_softmax_num_keypoints,
                 use_group_norm=config.use_group_norm,
-                dtype=config.dtype,
+                dtype=config.compute_dtype,
                 rngs=rngs,
             )
             if config.use_separate_rgb_encoder_per_camera:

@@ -28,7 +28,7 @@ class DiffusionConditionalUnet1d(nnx.Module):
             cond_dim: width of what is observed.
             rngs: `params`.
         """
-        d, dtype, dims = config.diffusion_step_embed_dim, config.dtype, config.down_dims
+        d, dtype, dims = config.diffusion_step_embed_dim, config.compute_dtype, config.down_dims
         act = config.action_feature.shape[0]
         self.diffusion_step_encoder = Sequential(
             [
@@ -79,7 +79,7 @@ class DiffusionConditionalUnet1d(nnx.Module):
             cond: what is observed.
             train: whether gradients will be taken (for gradient checkpointing).
         """
-        dtype = self.config.dtype
+        dtype = self.config.compute_dtype
         step = self.diffusion_step_encoder(timestep)
         cond = jnp.concatenate([step, cond.astype(dtype)], axis=-1)
         checkpointed = train and self.config.gradient_checkpointing
@@ -117,7 +117,7 @@ class ConditionalResidualBlock1d(nnx.Module):
     """Two convolutions; between them, what is observed shifts and scales the channels (FiLM, arXiv:1709.07871)."""
 
     def __init__(self, config: DiffusionConfig, dim_in: int, dim_out: int, cond_dim: int, *, rngs: nnx.Rngs):
-        dtype, scales = config.dtype, config.use_film_scale_modulation
+        dtype, scales = config.compute_dtype, config.use_film_scale_modulation
         size, groups = config.kernel_size, config.n_groups
         self.conv1 = Conv1dBlock(dim_in, dim_out, size, groups, dtype=dtype, rngs=rngs)
         self.cond_encoder = Sequential(

@@ -16,8 +16,7 @@ from lerobot_jax.nn.execution import TensorAxis
 from lerobot_jax.nn.noise_schedule import NoiseSchedule
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 from lerobot_jax.policies.multi_task_dit.flow_matching import FlowMatching
-from lerobot_jax.processors.steps import Step
-from lerobot_jax.processors.text import TokenizeTask
+from lerobot_jax.processors.text import TextStep, TokenizeTask
 
 
 def _normalization() -> dict[str, NormalizationMode]:
@@ -246,7 +245,7 @@ class MultiTaskDiTConfig(PolicyConfig):
         )
 
     @property
-    def text_steps(self) -> tuple[Step, ...]:
+    def text_steps(self) -> tuple[TextStep, ...]:
         return (
             TokenizeTask(
                 tokenizer_name=self.text_encoder_name,

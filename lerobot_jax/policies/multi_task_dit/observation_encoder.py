@@ -117,7 +117,7 @@ class CLIPVisionEncoder(nnx.Module):
     """Resizes, crops, and takes the class token of CLIP's image tower."""
 
     def __init__(self, settings: CLIPVisionSettings, config: MultiTaskDiTConfig, *, rngs: nnx.Rngs):
-        self.model = CLIPVisionModel(settings, dtype=config.dtype, rngs=rngs)
+        self.model = CLIPVisionModel(settings, dtype=config.compute_dtype, rngs=rngs)
         self.resize, self.crop = config.image_resize_shape, config.image_crop_shape
 
     def __call__(
@@ -137,9 +137,11 @@ class CLIPTextEncoder(nnx.Module):
     """CLIP's text tower, frozen, and a linear layer that is trained."""
 
     def __init__(self, settings: CLIPTextSettings, config: MultiTaskDiTConfig, *, rngs: nnx.Rngs):
-        self.text_encoder = CLIPTextModel(settings, dtype=config.dtype, rngs=rngs)
+        self.text_encoder = CLIPTextModel(settings, dtype=config.compute_dtype, rngs=rngs)
         freeze(self.text_encoder)
-        self.projection = Linear(settings.hidden_size, config.hidden_dim, dtype=config.dtype, rngs=rngs)
+        self.projection = Linear(
+            settings.hidden_size, config.hidden_dim, dtype=config.compute_dtype, rngs=rngs
+        )
 
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:
         return self.projection(self.text_encoder(tokens, mask))

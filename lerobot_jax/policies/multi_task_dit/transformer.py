@@ -35,7 +35,7 @@ class DiffusionTransformer(nnx.Module):
             cond_dim: width of what is observed.
             rngs: `params`.
         """
-        d, dtype, act = config.timestep_embed_dim, config.dtype, config.action_feature.shape[0]
+        d, dtype, act = config.timestep_embed_dim, config.compute_dtype, config.action_feature.shape[0]
         linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.time_mlp = Sequential([SinusoidalPosEmb(d), linear(d, 2 * d), gelu, linear(2 * d, d), gelu])
         self.input_proj = linear(act, config.hidden_dim)
@@ -63,7 +63,7 @@ class DiffusionTransformer(nnx.Module):
             cond: what is observed.
             dropout_key: without it, nothing is dropped.
         """
-        dtype = self.config.dtype
+        dtype = self.config.compute_dtype
         cond = jnp.concatenate([self.time_mlp(time), cond.astype(dtype)], axis=-1)
         x = self.input_proj(x)  # b horizon d
         if self.config.use_positional_encoding:
@@ -83,7 +83,7 @@ class TransformerBlock(nnx.Module):
     """Attention and two linear layers; shifts, scales and gates come from what is observed."""
 
     def __init__(self, config: MultiTaskDiTConfig, cond_dim: int, *, rngs: nnx.Rngs):
-        d, dtype = config.hidden_dim, config.dtype
+        d, dtype = config.hidden_dim, config.compute_dtype
         if config.use_rope:
             self.attn = RoPEAttention(config, rngs=rngs)
         else:
@@ -130,8 +130,8 @@ class RoPEAttention(nnx.Module):
 
     def __init__(self, config: MultiTaskDiTConfig, *, rngs: nnx.Rngs):
         d = config.hidden_dim
-        self.qkv_proj = Linear(d, 3 * d, dtype=config.dtype, rngs=rngs)
-        self.out_proj = Linear(d, d, dtype=config.dtype, rngs=rngs)
+        self.qkv_proj = Linear(d, 3 * d, dtype=config.compute_dtype, rngs=rngs)
+        self.out_proj = Linear(d, d, dtype=config.compute_dtype, rngs=rngs)
         self.config = config
 
     def __call__(self, x: Float[Array, "b l d"], dropout_key: PRNGKeyArray | None) -> Float[Array, "b l d"]:

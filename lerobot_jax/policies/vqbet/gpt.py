@@ -31,7 +31,7 @@ def _linear(
         out_features,
         kernel_init=nnx.initializers.normal(std),
         bias_init=nnx.initializers.zeros_init(),
-        dtype=config.dtype,
+        dtype=config.compute_dtype,
         rngs=rngs,
     )
 
@@ -46,7 +46,7 @@ class GPT(nnx.Module):
             config.gpt_output_dim,
             use_bias=False,
             kernel_init=nnx.initializers.normal(STD),
-            dtype=config.dtype,
+            dtype=config.compute_dtype,
             rngs=rngs,
         )
 
@@ -64,7 +64,7 @@ class Transformer(nnx.Module):
         self.wte = _linear(config, config.gpt_input_dim, d, rngs=rngs)
         self.wpe = nnx.Embed(config.gpt_block_size, d, embedding_init=nnx.initializers.normal(STD), rngs=rngs)
         self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.gpt_n_layer)])
-        self.ln_f = LayerNorm(d, dtype=config.dtype, rngs=rngs)
+        self.ln_f = LayerNorm(d, dtype=config.compute_dtype, rngs=rngs)
         self.dropout = config.dropout
 
     def __call__(self, tokens: Float[Array, "b l in"], key: PRNGKeyArray | None) -> Float[Array, "b l d"]:
@@ -81,7 +81,7 @@ class Block(nnx.Module):
     """Attention and two linear layers, each behind a norm and beside a residual connection."""
 
     def __init__(self, config: VQBeTConfig, *, rngs: nnx.Rngs):
-        d, dtype = config.gpt_hidden_dim, config.dtype
+        d, dtype = config.gpt_hidden_dim, config.compute_dtype
         self.ln_1 = LayerNorm(d, dtype=dtype, rngs=rngs)
         self.attn = CausalSelfAttention(config, rngs=rngs)
         self.ln_2 = LayerNorm(d, dtype=dtype, rngs=rngs)
@@ -106,7 +106,7 @@ class CausalSelfAttention(nnx.Module):
         # LeRobot's mask, under its name: 1 where a token may look.
         self.bias = Buffer(jnp.tril(jnp.ones((1, 1, length, length))))
         self.num_heads = config.gpt_n_head
-        self.dropout, self.dtype = config.dropout, config.dtype
+        self.dropout, self.dtype = config.dropout, config.compute_dtype
 
     def __call__(self, x: Float[Array, "b l d"], key: PRNGKeyArray | None) -> Float[Array, "b l d"]:
         keys = split_key(key, 2)

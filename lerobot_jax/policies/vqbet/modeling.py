@@ -157,7 +157,7 @@ class VQBeTModel(nnx.Module):
             crop=config.crop_shape,
             num_keypoints=config.spatial_softmax_num_keypoints,
             use_group_norm=config.use_group_norm,
-            dtype=config.dtype,
+            dtype=config.compute_dtype,
             rngs=rngs,
         )
         self.action_token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, config.gpt_input_dim)))
