@@ -125,9 +125,9 @@ class FunctionalPolicy:
         return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
 
     def sample_actions(
-        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
+        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Any
     ) -> Float[Array, "b chunk act"]:
-        """Give a chunk of normalized actions for preprocessed observations."""
+        """Give a chunk of normalized actions for preprocessed observations, and what else the policy takes."""
         module = self._merge(params, buffers)
         return module.sample_actions(batch, key=key, **draws)
 
@@ -179,9 +179,9 @@ class FunctionalPolicy:
         state = {key: inside[key] for key in (OBS_STATE,) if key in inside}
         return self.postprocessor({ACTION: actions, **state})[ACTION]
 
-    def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
-        """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
-        return rollout.Runner(self, batch_size, seed)
+    def make_runner(self, batch_size: int = 1, seed: int = 0, inference_delay: int = 0) -> rollout.Runner:
+        """Give an object that turns a stream of observations into actions: queue, history, ensembling, RTC."""
+        return rollout.Runner(self, batch_size, seed, inference_delay)
 
     def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
