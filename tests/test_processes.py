@@ -20,6 +20,8 @@ from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
 from tests.test_train import FEATURES, RECIPE, final_arrays
+from tests.test_training_text import RECIPE as TOLD_RECIPE
+from tests.test_training_text import TOKENIZERS
 
 LENGTHS = (9, 12, 8, 11)
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -225,6 +227,21 @@ def test_streamed_datasets_and_mixtures(run: Run, root: Path):
     run.start(2, 2, more, name="mixed").succeed()
     run.start(1, 4, more, name="mixed_alone").succeed()
     np.testing.assert_allclose(losses(run.folder / "mixed"), losses(run.folder / "mixed_alone"), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", ["device", "decode"])
+def test_prompts_tell_the_state(run: Run, frames: str, monkeypatch: pytest.MonkeyPatch):
+    """Each process tokenizes its part of a batch, wherever the frames lie."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("HF_HUB_CACHE", str(TOKENIZERS))
+    root = record(run.folder / "seen", lengths=LENGTHS).root
+    run.recipe.write_text(TOLD_RECIPE.format(root=root))
+    more = [f"--config.dataset.frame_mode={frames}", "--config.gradient_accumulation_steps=2"]
+    more += [*EXACT[1:], "--config.steps=4", "--config.log_freq=1", "--config.eval_steps=2"]
+    run.start(2, 2, more).succeed()
+    run.start(1, 4, more, name="alone").succeed()
+    np.testing.assert_allclose(losses(run.output), losses(run.folder / "alone"), rtol=1e-5)
 
 
 @pytest.mark.slow

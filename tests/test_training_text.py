@@ -16,10 +16,12 @@ from lerobot_jax.data.samples import DeviceRows
 from lerobot_jax.data.streaming import StreamedSamples
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.planning.inputs import batch_shapes
-from lerobot_jax.policies.base import FunctionalPolicy, load_policy
-from lerobot_jax.processors import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
+from lerobot_jax.processors import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, load_pipelines
 from lerobot_jax.seeds import SeedLayout
+from lerobot_jax.training_text import make_tokenize
 from tests.data.recordings import FEATURES, record
+from tests.goldens import ROOT, Golden
 from tests.test_train import assert_same_run
 from tests.toy_vla import SIDE, TOP, Config
 
@@ -88,6 +90,21 @@ def told(policy: FunctionalPolicy, dataset: LeRobotDataset, rows: np.ndarray) ->
 def assert_tokens(batch: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
     for key in TOKENS:
         np.testing.assert_array_equal(batch[key], expected[key], err_msg=key)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "pi05").iterdir()), ids=lambda path: path.name)
+def test_tokens_are_those_of_stock(folder: Path, stand_ins: None):
+    """Of images, actions and states as a dataset gives them."""
+    golden = Golden(folder)
+    model = folder / "model"
+    policy = FunctionalPolicy(load_config(model), None, *load_pipelines(model))
+    tokenize = make_tokenize(policy, is_mixture=False)
+    assert tokenize is not None
+    raw, expected = golden.inputs("raw/"), golden.inputs("in/")
+    batch = tokenize(raw)
+    assert_tokens(batch, expected)
+    assert "task" not in batch
+    assert all(batch[key] is raw[key] for key in raw if key != "task")
 
 
 @pytest.mark.parametrize("mode", ["decode", "cache", "device", "streaming", "seeds", "device seeds"])

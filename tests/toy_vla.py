@@ -24,6 +24,7 @@ from lerobot_jax.processors import (
     OBS_LANGUAGE_ATTENTION_MASK,
     OBS_LANGUAGE_TOKENS,
     Pi05StatePrompt,
+    RelativeActions,
     TokenizeTask,
 )
 from lerobot_jax.processors.text import TextStep
@@ -64,8 +65,8 @@ class Config(PolicyConfig):
         return Pi05StatePrompt(), TokenizeTask(tokenizer_name=name, max_length=40)
 
     @property
-    def has_relative_step(self) -> bool:
-        return True
+    def disabled_relative_step(self) -> RelativeActions:
+        return RelativeActions()
 
     @property
     def resizes_images(self) -> bool:

@@ -1,4 +1,4 @@
-"""Gemma's decoder, in the form that pi0 and pi0.5 use it: layers of one transformer, or of several that attend jointly.
+"""Gemma's decoder as pi0 and pi0.5 use it: layers of one transformer, or of several that attend jointly.
 
 Papers: Gemma (https://arxiv.org/abs/2403.08295); pi0 (https://arxiv.org/abs/2410.24164), whose action expert is a
 second Gemma of smaller width in the same attention; pi0.5 (https://arxiv.org/abs/2504.16054), whose expert's norms
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lerobot_jax.nn.activations import gelu_tanh
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.stack import Stack, scan_stacks
 
@@ -97,7 +98,7 @@ class GemmaEmbedding(nnx.Embed):
 class GemmaRMSNorm(nnx.Module):
     """Scale to a mean square of 1, times 1 + weight; or, if it is adaptive, as a condition says.
 
-    Mirrors `PiGemmaRMSNorm`: also gives the gate by which what comes of the result is multiplied, 1 if not adaptive.
+    Mirrors `PiGemmaRMSNorm`: also gives the gate by which what comes of the result is multiplied; None is 1.
     """
 
     def __init__(self, features: int, *, is_adaptive: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -170,7 +171,7 @@ class GemmaMLP(nnx.Module):
         self.down_proj = _linear(hidden, d, dtype, rngs)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return self.down_proj(jax.nn.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x))
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 def attend_jointly(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lerobot_jax.nn.activations import gelu_tanh
 from lerobot_jax.nn.linear import LayerNorm, Linear
 from lerobot_jax.nn.stack import Stack
 
@@ -137,7 +138,7 @@ class SiglipMLP(nnx.Module):
         self.fc1, self.fc2 = _linear(features, hidden, dtype, rngs), _linear(hidden, features, dtype, rngs)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 def _linear(features: int, new_features: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:

@@ -25,7 +25,7 @@ from lerobot_jax.features import (
 )
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.nn.execution import TensorAxis
-from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
+from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget, RelativeActions
 from lerobot_jax.processors.text import TextStep
 from lerobot_jax.settings import check_settings
 
@@ -121,9 +121,9 @@ class PolicyConfig(abc.ABC):
         return ()
 
     @property
-    def has_relative_step(self) -> bool:
-        """Whether the processors have the step of relative actions even where it does nothing, as in LeRobot."""
-        return False
+    def disabled_relative_step(self) -> RelativeActions | None:
+        """What the processors of absolute actions have in the place of the step that makes actions relative."""
+        return None
 
     @property
     def resizes_images(self) -> bool:
@@ -156,7 +156,7 @@ class PolicyConfig(abc.ABC):
 
     @property
     def frozen_params(self) -> tuple[str, ...]:
-        """Patterns of parameters that are never trained, as in `freeze`; those that match nothing have no effect."""
+        """Patterns of parameters that are never trained, as in `freeze`, but they may match nothing."""
         return ()
 
     @property

@@ -189,17 +189,15 @@ def make_action_steps(
     target: ActionTarget,
     inputs: Mapping[str, PolicyFeature],
     outputs: Mapping[str, PolicyFeature],
-    *,
-    also_disabled: bool = False,
+    disabled: RelativeActions | None = None,
 ) -> tuple[list[Step], list[Step]]:
-    """Build the steps before normalizing and after unnormalizing; for absolute actions none, or disabled ones.
+    """Build the steps before normalizing and after unnormalizing; none for absolute actions, or disabled ones.
 
     Raises:
         InputError: when the policy's inputs have no state that actions could be relative to.
     """
     if target.representation == "absolute":
-        disabled = RelativeActions(False, target.exclude_joints, target.action_names)
-        return ([disabled], [AbsoluteActions(False, disabled)]) if also_disabled else ([], [])
+        return ([disabled], [AbsoluteActions(False, disabled)]) if disabled else ([], [])
     width = outputs[ACTION].shape[-1]
     if OBS_STATE not in inputs or inputs[OBS_STATE].shape[-1] < width:
         has = f"'{OBS_STATE}' of {inputs[OBS_STATE].shape[-1]}" if OBS_STATE in inputs else sorted(inputs)

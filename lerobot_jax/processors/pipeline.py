@@ -35,6 +35,8 @@ from lerobot_jax.processors.normalize import (
 from lerobot_jax.processors.resize import CropResizeImages
 from lerobot_jax.processors.steps import AddBatchDimension, Batch, Device, RenameObservations, State, Step
 from lerobot_jax.processors.text import (
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
     Pi0FastStatePrompt,
     Pi0NewLine,
     Pi05StatePrompt,
@@ -120,6 +122,23 @@ class Pipeline:
         used_up = {step.task_key for step in self._text_steps if isinstance(step, TokenizeTask)}
         tokens = {key: small[key] for key in written if key in small}
         return {key: value for key, value in {**batch, **tokens}.items() if key not in used_up}
+
+    def blank_tokens(self, batch_size: int) -> Batch | None:
+        """Give tokens of nothing in the shapes that `tokenize` gives, without the tokenizer.
+
+        None if these depend on the texts.
+        """
+        blank: Batch = {}
+        for step in self._text_steps:
+            if isinstance(step, TokenizeTask):
+                if step.fixed_length is None:
+                    return None
+                shape = (batch_size, step.fixed_length)
+                blank |= {OBS_LANGUAGE_TOKENS: np.zeros(shape, np.int32)}
+                blank |= {OBS_LANGUAGE_ATTENTION_MASK: np.zeros(shape, np.bool_)}
+            elif isinstance(step, TokenizeActions):
+                return None
+        return blank
 
     @property
     def has_text(self) -> bool:
@@ -262,7 +281,7 @@ def default_pipelines(
     target: ActionTarget = ABSOLUTE,
     image_size: tuple[int, int] | None = None,
     text_steps: Sequence[TextStep] = (),
-    has_relative_step: bool = False,
+    disabled_relative_step: RelativeActions | None = None,
 ) -> tuple[Pipeline, Pipeline]:
     """Build what most policies use: rename, batch, tokenize, device, normalize; and unnormalize, device.
 
@@ -273,7 +292,7 @@ def default_pipelines(
     Raises:
         InputError: naming a feature whose statistics are missing.
     """
-    to_target, from_target = make_action_steps(target, inputs, outputs, also_disabled=has_relative_step)
+    to_target, from_target = make_action_steps(target, inputs, outputs, disabled_relative_step)
     per_step = target.statistics_per_step
     normalizer, unnormalizer = make_normalizers(inputs, outputs, normalization, stats, per_step=per_step)
     text: tuple[Step, ...] = (*text_steps, Device(device))

@@ -25,7 +25,7 @@ from lerobot_jax.sharding import MeshConfig, make_mesh, state_shardings
 NAMES = [module.name for module in pkgutil.iter_modules(lerobot_jax.policies.__path__) if module.ispkg]
 
 # They denoise, or encode, whole chunks with what pads them; at most their loss leaves it out.
-PADDING_IS_SEEN = ("diffusion", "multi_task_dit", "vqbet")
+PADDING_IS_SEEN = ("diffusion", "multi_task_dit", "pi0", "pi05", "vqbet")
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 

@@ -14,6 +14,7 @@ from lerobot_jax.processors import (
     OBS_LANGUAGE_TOKENS,
     Device,
     Normalizer,
+    RelativeActions,
     Unnormalizer,
     default_pipelines,
     load_pipelines,
@@ -71,7 +72,7 @@ def test_new_pipelines_are_those_of_stock(name: str, tmp_path: Path):
         rename_map=pre.rename_map,
         target=pre.action_target,
         text_steps=[step for step in pre.steps if isinstance(step, TextStep)],
-        has_relative_step=name.startswith("pi"),
+        disabled_relative_step=next((step for step in pre.steps if isinstance(step, RelativeActions)), None),
     )
     for pipeline in made:
         pipeline.save(tmp_path)

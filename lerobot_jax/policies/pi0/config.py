@@ -24,7 +24,7 @@ from lerobot_jax.nn.gemma import GEMMA_SIZES
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES
 from lerobot_jax.policies.config import ParamGroup, PolicyConfig
 from lerobot_jax.policies.rtc import RTCConfig
-from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
+from lerobot_jax.processors.actions import RelativeActions
 from lerobot_jax.processors.text import Pi0NewLine, TextStep, TokenizeTask
 
 VLM = r"model\.paligemma_with_expert\.paligemma\.model"
@@ -127,15 +127,24 @@ class PI0Config(PolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check()
-        # Both ways of saying it agree, so that either can be read.
-        if self.use_relative_actions and self.action_target == ABSOLUTE:
-            names = self.action_feature_names
-            target = ActionTarget("relative", self.relative_exclude_joints, action_names=names)
-            object.__setattr__(self, "action_target", target)
-        if self.action_target.representation == "relative":
+        self._agree_on_target()
+
+    def _agree_on_target(self) -> None:
+        """Let LeRobot's settings and `action_target` say the same, so that either can be read."""
+        target = self.action_target
+        joints = target.exclude_joints or self.relative_exclude_joints
+        names = target.action_names or self.action_feature_names
+        if self.use_relative_actions or target.representation == "relative":
+            if target.representation == "relative":
+                joints, names = target.exclude_joints, target.action_names
+            target = dataclasses.replace(target, representation="relative", exclude_joints=joints)
+            target = dataclasses.replace(target, action_names=names)
             object.__setattr__(self, "use_relative_actions", True)
-            object.__setattr__(self, "relative_exclude_joints", tuple(self.action_target.exclude_joints))
-            object.__setattr__(self, "action_feature_names", self.action_target.action_names)
+        elif target.representation == "absolute":
+            target = dataclasses.replace(target, exclude_joints=(), action_names=None)
+        object.__setattr__(self, "action_target", target)
+        object.__setattr__(self, "relative_exclude_joints", tuple(joints))
+        object.__setattr__(self, "action_feature_names", names)
 
     def _check(self) -> None:
         positive = (
@@ -220,8 +229,8 @@ class PI0Config(PolicyConfig):
         return {f"{EMPTY_CAMERA}{i}": empty for i in range(self.empty_cameras)}
 
     @property
-    def has_relative_step(self) -> bool:
-        return True
+    def disabled_relative_step(self) -> RelativeActions:
+        return RelativeActions(False, self.relative_exclude_joints, self.action_feature_names)
 
     @property
     def text_steps(self) -> tuple[TextStep, ...]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE
+from lerobot_jax.nn.activations import silu
 from lerobot_jax.nn.gemma import GEMMA_SIZES
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaWithExpert
@@ -129,12 +130,17 @@ class PI0Policy(Policy):
         return drawn * config.time_sampling_scale + config.time_sampling_offset
 
     def _prefix(self, batch: Batch) -> Prefix:
-        images = [batch[key] for key in self.config.image_features if key in batch]
-        if not images:
+        cameras = [key for key in self.config.image_features if key in batch]
+        if not cameras:
             raise InputError(f"the batch has none of the cameras {sorted(self.config.image_features)}")
         size = self.config.image_resolution
-        images = [resize_with_pad(image, *size) * 2 - 1 for image in images]
-        return self.model.embed_prefix(images, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
+        images = [resize_with_pad(batch[key], *size) * 2 - 1 for key in cameras]
+        # In a mixture of datasets, some samples lack a camera that others have.
+        everywhere = jnp.zeros(len(batch[OBS_STATE]), bool)
+        is_shown = ~jnp.stack([batch.get(f"{key}_is_pad", everywhere) for key in cameras], axis=1)
+        return self.model.embed_prefix(
+            images, is_shown, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        )
 
     def _suffix(
         self, batch: Batch, noisy: Float[Array, "b chunk act"], time: Float[Array, "b *chunk"]
@@ -181,7 +187,7 @@ class PI0Model(nnx.Module):
         actions = self.action_in_proj(noisy)
         times = self.embed_time(time).astype(actions.dtype)  # b 1|chunk d
         x = jnp.concatenate([actions, jnp.broadcast_to(times, actions.shape)], axis=-1)
-        x = self.action_time_mlp_out(jax.nn.silu(self.action_time_mlp_in(x)))
+        x = self.action_time_mlp_out(silu(self.action_time_mlp_in(x)))
         return jnp.concatenate([self.state_proj(state)[:, None], x], axis=1), None
 
     def embed_time(self, time: Float[Array, "b *chunk"]) -> Float[Array, "b _times d"]:
@@ -193,15 +199,17 @@ class PI0Model(nnx.Module):
     def embed_prefix(
         self,
         images: list[Float[Array, "b h w c"]],
+        is_shown: Bool[Array, "b v"],
         tokens: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
     ) -> Prefix:
-        """Embed images in -1..1 and the tokens of the prompt."""
+        """Embed images in -1..1, of the cameras that a sample has, and the tokens of the prompt."""
         seen, read = (
             self.paligemma_with_expert.embed_images(images),
             self.paligemma_with_expert.embed_tokens(tokens),
         )
-        is_token = jnp.concatenate([jnp.ones(seen.shape[:2], bool), mask], axis=1)
+        is_seen = jnp.repeat(is_shown, seen.shape[1] // len(images), axis=1)
+        is_token = jnp.concatenate([is_seen, mask], axis=1)
         return jnp.concatenate([seen, read], axis=1), is_token
 
     def velocity(self, prefix: Prefix, suffix: Suffix) -> Float[Array, "b chunk act"]:

@@ -31,7 +31,7 @@ class PI05Config(PI0Config):
 
     @property
     def text_steps(self) -> tuple[TextStep, ...]:
-        return (Pi05StatePrompt(max_state_dim=self.max_state_dim), self._tokenize)
+        return (Pi05StatePrompt(), self._tokenize)
 
     @classmethod
     def tiny(cls) -> "PI05Config":

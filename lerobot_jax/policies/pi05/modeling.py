@@ -4,11 +4,11 @@ Paper: "pi0.5: a Vision-Language-Action Model with Open-World Generalization" (h
 Mirrors `lerobot.policies.pi05.modeling_pi05.PI05Policy`, with the differences of `lerobot_jax.policies.pi0`.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lerobot_jax.nn.activations import silu
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.policies.pi0.modeling import PI0Model, PI0Policy, Suffix
 from lerobot_jax.policies.pi05.config import PI05Config
@@ -43,4 +43,4 @@ class PI05Model(PI0Model):
         del state  # it is in the prompt
         actions = self.action_in_proj(noisy)
         hidden = self.time_mlp_in(self.embed_time(time).astype(actions.dtype))
-        return actions, jax.nn.silu(self.time_mlp_out(jax.nn.silu(hidden)))
+        return actions, silu(self.time_mlp_out(silu(hidden)))
