@@ -284,3 +284,37 @@ def test_a_camera_is_masked_where_a_sample_lacks_it():
         np.testing.assert_array_equal(changed[0], mix[0])
         assert (np.abs(mix - none_seen)[1] > 1e-5).any()
         assert (np.abs(changed - mix)[1] > 1e-5).any()
+
+
+def test_known_actions_are_given_as_they_are_and_not_in_the_loss(golden: Golden):
+    policy = load_policy(golden.path / "model")
+    policy = policy.with_settings(rtc_training_delay=2)
+    batch = policy.preprocess(golden.inputs("raw/"))
+    loss_fn = jax.jit(policy.loss_fn, static_argnames=("train", "reduction"))
+    settings = {"train": False, "reduction": "none", **draws(golden, "loss")}
+
+    def losses(delays):
+        return loss_fn(policy.params, {}, batch, KEY, **settings, delays=jnp.asarray(delays))[0]
+
+    without, _ = loss_fn(policy.params, {}, batch, KEY, **settings)
+    with_some = losses([0, 2])
+    np.testing.assert_allclose(with_some[0], without[0], rtol=1e-5)
+    assert abs(with_some[1] - without[1]) > 1e-3
+    drawn = [
+        loss_fn(policy.params, {}, batch, key, **settings | {"train": True})[0]
+        for key in jax.random.split(KEY, 8)
+    ]
+    assert len({float(each[1]) for each in drawn}) > 1
+
+
+def test_a_policy_trained_on_known_actions_keeps_them(golden: Golden):
+    policy = load_policy(golden.path / "model").with_settings(rtc_config=RTCConfig(guidance="trained"))
+    batch = policy.preprocess(golden.inputs("obs/0/"))
+    chunk, act = policy.config.chunk_size, policy.config.action_feature.shape[0]
+    old = jax.random.normal(KEY, (2, chunk, act))
+    sample = jax.jit(policy.sample_actions)
+    told = {"prev_chunk_left_over": old, "execution_horizon": chunk}
+    actions = sample(policy.params, {}, batch, KEY, **told, inference_delay=2)
+    np.testing.assert_array_equal(actions[:, :2], old[:, :2])
+    plain = sample(policy.params, {}, batch, KEY, **told, inference_delay=0)
+    assert not np.allclose(actions[:, 2:], plain[:, 2:], atol=1e-3)

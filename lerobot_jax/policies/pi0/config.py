@@ -83,6 +83,8 @@ class PI0Config(PolicyConfig):
     """The name of each action dimension; None: what the dataset says."""
     rtc_config: RTCConfig | None = None
     """Real-time chunking; None: off."""
+    rtc_training_delay: int = dataclasses.field(default=0, metadata={"in_lerobot": False})
+    """Train for rtc_config.guidance=trained: of each chunk, up to so many actions at the beginning are known."""
     image_resolution: tuple[int, int] = (224, 224)
     """Images are resized to (height, width), black bars fill the rest; height and width are equal."""
     empty_cameras: int = 0
@@ -158,6 +160,11 @@ class PI0Config(PolicyConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.rtc_training_delay < self.chunk_size:
+            raise ValueError(
+                f"rtc_training_delay must be from 0 to chunk_size - 1 = {self.chunk_size - 1}, not "
+                f"{self.rtc_training_delay}"
+            )
         if self.n_action_steps > self.chunk_size:
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must not be greater than chunk_size "
