@@ -82,9 +82,10 @@ class PI0Config(PolicyConfig):
     action_feature_names: tuple[str, ...] | None = None
     """The name of each action dimension; None: what the dataset says."""
     rtc_config: RTCConfig | None = None
-    """Real-time chunking; None: off."""
+    """Real-time chunking when acting; any of its settings turns it on. None: off."""
     rtc_training_delay: int = dataclasses.field(default=0, metadata={"in_lerobot": False})
-    """Train for rtc_config.guidance=trained: of each chunk, up to so many actions at the beginning are known."""
+    """In training, give up to so many of a chunk's first actions, and learn to go on from them; for
+    rtc_config.guidance=trained. 0: none."""
     image_resolution: tuple[int, int] = (224, 224)
     """Images are resized to (height, width), black bars fill the rest; height and width are equal."""
     empty_cameras: int = 0

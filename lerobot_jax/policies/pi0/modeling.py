@@ -21,7 +21,7 @@ from lerobot_jax.nn.gemma import GEMMA_SIZES
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaWithExpert
 from lerobot_jax.nn.time_embedding import embed_time
-from lerobot_jax.policies.action_prefix import draw_delays, loss_weights, times_of_actions
+from lerobot_jax.policies import action_prefix
 from lerobot_jax.policies.base import Batch, Metrics, Policy
 from lerobot_jax.policies.pi0.config import PI0Config
 from lerobot_jax.policies.rtc import euler
@@ -62,26 +62,26 @@ class PI0Policy(Policy):
             reduction: "mean" or "none".
             noise: mixed with the actions, as wide as max_action_dim.
             time: from 0 (actions) to 1 (noise).
-            delays: how many actions of each chunk are known and not in the loss.
+            delays: how many of each sample's first actions are given and not in the loss.
 
         Returns:
             (loss, {"loss_per_dim/i": the loss of action dimension i})
         """
         config, width = self.config, batch[ACTION].shape[-1]
-        noise_key, time_key = jax.random.split(key)
+        noise_key, time_key, delay_key = jax.random.split(key, 3)
         actions = _pad(batch[ACTION], config.max_action_dim)
         noise = jax.random.normal(noise_key, actions.shape) if noise is None else noise
         time = self._draw_time(time_key, len(actions)) if time is None else time
         if config.rtc_training_delay and train and delays is None:
-            delays = draw_delays(jax.random.fold_in(key, 0), len(actions), config.rtc_training_delay)
+            delays = action_prefix.draw_delays(delay_key, len(actions), config.rtc_training_delay)
         if delays is not None:
-            time = times_of_actions(time, delays, config.chunk_size)
-        share = time.reshape(len(actions), -1, 1)
+            time = action_prefix.times_of_actions(time, delays, config.chunk_size)
+        share = time.reshape(len(time), -1, 1)  # b 1|chunk 1
         noisy = share * noise + (1 - share) * actions
         velocity = self.model.velocity(self._prefix(batch), self._suffix(batch, noisy, time))
         losses = jnp.square(noise - actions - velocity)[..., :width]  # b chunk act
         if delays is not None:
-            losses = losses * loss_weights(delays, config.chunk_size)[..., None]
+            losses = losses * action_prefix.loss_weights(delays, config.chunk_size)[..., None]
         metrics = {f"loss_per_dim/{i}": losses[..., i].mean() for i in range(width)}
         losses = losses.mean((1, 2))
         return (losses.mean() if reduction == "mean" else losses), metrics
