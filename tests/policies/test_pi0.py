@@ -23,6 +23,7 @@ from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.policies.pi0.modeling import PI0Policy, resize_with_pad
 from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.policies.rtc import RTCConfig
+from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from tests.goldens import ROOT, Golden, use_sizes
 from tests.test_golden import KEY, draws, packed
 
@@ -235,6 +236,11 @@ def test_both_ways_to_ask_for_relative_actions_agree():
     assert relative.action_target.exclude_joints == ("gripper",)
     again = dataclasses.replace(TINY, action_target=relative.action_target)
     assert again.to_dict() == relative.to_dict()
+    named = dataclasses.replace(TINY, action_target=ActionTarget("absolute", ("x",), action_names=("x", "y")))
+    assert (named.relative_exclude_joints, named.action_feature_names) == (("x",), ("x", "y"))
+    assert named.action_target == ABSOLUTE
+    with pytest.raises(ValueError, match="contradicts"):
+        dataclasses.replace(relative, action_target=ActionTarget("delta"))
 
 
 def test_config_json_has_lerobot_s_fields(golden: Golden):
@@ -245,3 +251,36 @@ def test_config_json_has_lerobot_s_fields(golden: Golden):
     data = changed.to_dict()
     assert data["rtc_config"]["prefix_attention_schedule"] == "EXP"
     assert PI0Config.from_dict(data).rtc_config == changed.rtc_config
+
+
+def test_a_camera_is_masked_where_a_sample_lacks_it():
+    """As in a mixture of datasets: what such a sample shows there does not count, and others see it."""
+    config = dataclasses.replace(TINY, normalization_mapping={})
+    policy = base.make_policy(config, {})
+    params, buffers = policy.init(KEY)
+    rng = np.random.default_rng(0)
+    top, wrist = config.image_features
+    rows = {
+        OBS_STATE: rng.normal(size=(2, 3)).astype(np.float32),
+        top: rng.integers(0, 256, (2, 30, 40, 3)).astype(np.uint8),
+        wrist: rng.integers(0, 256, (2, 28, 28, 3)).astype(np.uint8),
+        ACTION: rng.normal(size=(2, config.chunk_size, 2)).astype(np.float32),
+    }
+    told = policy.tokenize(rows | {"task": ["go", "stop"]})
+    lacks = {f"{wrist}_is_pad": np.array([True, False])}
+
+    @jax.jit
+    def run(batch):
+        batch = policy.preprocess(batch)
+        loss, _ = policy.loss_fn(params, buffers, batch, KEY, reduction="none")
+        return loss, policy.sample_actions(params, buffers, batch, KEY)
+
+    whole, mixed = run(told), run(told | lacks)
+    without = run({key: value for key, value in told.items() if key != wrist})
+    other = run(told | lacks | {wrist: rows[wrist] // 2 + np.array([9, 0], np.uint8)[:, None, None, None]})
+    for i, (all_seen, mix, none_seen, changed) in enumerate(zip(whole, mixed, without, other, strict=True)):
+        np.testing.assert_allclose(mix[0], none_seen[0], rtol=1e-5, atol=1e-6, err_msg=str(i))
+        np.testing.assert_allclose(mix[1], all_seen[1], rtol=1e-5, atol=1e-6, err_msg=str(i))
+        np.testing.assert_array_equal(changed[0], mix[0])
+        assert (np.abs(mix - none_seen)[1] > 1e-5).any()
+        assert (np.abs(changed - mix)[1] > 1e-5).any()

@@ -1,6 +1,5 @@
 """New processors of pi0 and pi05 are, byte by byte, those that stock LeRobot wrote."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import pytest
 
 from lerobot_jax.policies.base import make_policy
 from lerobot_jax.policies.config import read_config
-from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.policies.registry import config_class
 from lerobot_jax.processors import Unnormalizer, load_pipelines
-from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from tests.goldens import ROOT
 
 FOLDERS = sorted(path for kind in ("pi0", "pi05") for path in ROOT.glob(f"{kind}/*/model"))
@@ -35,21 +32,3 @@ def test_new_processors_are_those_of_stock(folder: Path, tmp_path: Path):
         if name == "config.json":
             ours, theirs = json.loads(ours), json.loads(theirs)
         assert ours == theirs, name
-
-
-def test_both_ways_to_ask_for_relative_actions_agree():
-    plain = PI0Config.tiny()
-    assert plain.action_target == ABSOLUTE
-    asked = dataclasses.replace(plain, use_relative_actions=True, relative_exclude_joints=("wrist",))
-    assert asked.action_target == ActionTarget("relative", ("wrist",))
-    target = ActionTarget("relative", ("thumb",), action_names=("a", "thumb"))
-    other = dataclasses.replace(plain, action_target=target)
-    assert other.use_relative_actions
-    assert (other.relative_exclude_joints, other.action_feature_names) == (("thumb",), ("a", "thumb"))
-    named = dataclasses.replace(
-        plain, action_target=ActionTarget("absolute", ("x",), action_names=("x", "y"))
-    )
-    assert (named.relative_exclude_joints, named.action_feature_names) == (("x",), ("x", "y"))
-    assert named.action_target == ABSOLUTE
-    with pytest.raises(ValueError, match="contradicts"):
-        dataclasses.replace(asked, action_target=ActionTarget("delta"))
