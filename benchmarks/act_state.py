@@ -54,7 +54,7 @@ def place_batch(program: Program) -> dict[str, jax.Array]:
 def make_steps(program: Program) -> Callable[[int], None]:
     """Give a function that runs some train steps."""
     batch = place_batch(program)
-    state, (key, _) = program.first_state(program.policy), program.keys()
+    state, (key, _) = program.first_state(), program.keys()
     step = program.trace_step(batch).lower().compile()
 
     def run(steps: int) -> None:

@@ -38,7 +38,7 @@ def measure(width: int, saves: int, folder: Path) -> None:
     sizes = {"dim_model": width, "dim_feedforward": 4 * width}
     program = make_program(policy=sizes, output_dir=str(folder / "run"), keep_last=1)
     checkpoint.write_train_config(program.config)
-    state = program.first_state(program.policy)
+    state = program.first_state()
     writer = CheckpointWriter(program.config, program.policy, Certifier(program.policy))
     times = []
     for step in range(saves + 1):

@@ -5,8 +5,8 @@
     python -m lerobot_jax.train --config=configs/pi05_so101.py:lora --config.dataset.repo_id=USER/NAME
 
 Cameras are named as in the dataset, here `front` and `wrist`; `--config.rename_map='{"observation.images.top":
-"observation.images.front"}'` renames, and of the two one may be missing. A dataset needs the quantiles q01 and q99 in
-its statistics; LeRobot writes them since its datasets are of version 3. The result runs on the arm with
+"observation.images.front"}'` renames, and one of the two may be missing. A dataset needs the quantiles q01 and q99
+in its statistics; LeRobot writes them since its datasets are of version 3. The result runs on the arm with
 `lerobot-rollout --policy.path=outputs/pi05_so101/checkpoints/last/pretrained_model`, see docs/robot.md.
 """
 
@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> TrainConfig:
             },
             output_features={ACTION: PolicyFeature(FeatureType.ACTION, (6,))},
             dtype="bfloat16",
+            use_amp=True,
             n_action_steps=25,
             train_expert_only=variant == "expert",
             optimizer_weight_decay=1e-10,

@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> TrainConfig:
             },
             output_features={ACTION: PolicyFeature(FeatureType.ACTION, (7,))},
             dtype="bfloat16",
+            use_amp=True,
             n_action_steps=10,
             train_expert_only=variant == "expert",
             optimizer_weight_decay=1e-10,

@@ -6,6 +6,7 @@ statistic or setting is found and named when the folder is loaded, and actions t
 changed (another machine, another version, another framework) are found too.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from lerobot_jax import distributed, sharding, state_dict
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import EMPTY_CAMERA, TASK, FeatureType, PolicyFeature
 from lerobot_jax.files import read_json
+from lerobot_jax.nn import execution
 from lerobot_jax.processors import POSTPROCESSOR_NAME, PREPROCESSOR_NAME, Normalizer
 from lerobot_jax.state_dict import StateDict
 
@@ -46,7 +48,7 @@ class Certifier:
     def __init__(self, policy: "FunctionalPolicy"):
         self.observations = make_observations(policy)
         self.noise = policy.sampling_draws(NUM_OBSERVATIONS, jax.random.key(0))
-        self._act = jax.jit(functools.partial(_act, policy))
+        self._act = jax.jit(functools.partial(_act_after_rounding, policy))
         self._inputs = policy.tokenize(self.observations)
 
     def act(self, params: Any, buffers: Any) -> dict[str, np.ndarray]:
@@ -169,7 +171,7 @@ def preprocess(policy: "FunctionalPolicy", certificate: StateDict) -> dict[str, 
 def act(policy: "FunctionalPolicy", certificate: StateDict) -> np.ndarray:
     """Give a policy's actions for the observations and the noise of a certificate, (b, chunk, act)."""
     noise = _entries(certificate, "noise/")
-    arguments = (policy.params, policy.buffers, _inputs(policy, certificate), noise, 0.0)
+    arguments = (policy.params, policy.buffers, _inputs(policy, certificate), noise)
     return np.asarray(jax.jit(functools.partial(_act, policy))(*arguments))
 
 
@@ -184,11 +186,21 @@ def _entries(certificate: StateDict, prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): certificate[key] for key in certificate if key.startswith(prefix)}
 
 
-def _act(
+def _act_after_rounding(
     policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any, relative: Any
 ) -> Any:
-    """Give actions in the robot's units after moving every weight by `relative` rounding errors, up or down."""
-    params = jax.tree.map(lambda x: _move(x, relative, policy.config.compute_dtype), params)
+    """Give actions in the robot's units after moving every weight by `relative` rounding errors, up or down.
+
+    Weights are moved when it is their turn, so that no moved copy of a large policy exists.
+    """
+    moved = dataclasses.replace(
+        execution.current(), changed=lambda x: _move(x, relative, policy.config.compute_dtype)
+    )
+    return moved(functools.partial(_act, policy))(params, buffers, inputs, noise)
+
+
+def _act(policy: "FunctionalPolicy", params: Any, buffers: Any, inputs: Any, noise: Any) -> Any:
+    """Give actions in the robot's units."""
     with jax.default_matmul_precision("highest"):  # the same numbers on a GPU, a TPU and a CPU
         batch = policy.preprocess(inputs)
         return policy.postprocess(
@@ -197,6 +209,8 @@ def _act(
 
 
 def _move(weight: jax.Array, relative: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        return weight
     eps = max(float(jnp.finfo(weight.dtype).eps), float(jnp.finfo(dtype).eps))
     parity = sum(jax.lax.broadcasted_iota(jnp.int32, weight.shape, axis) for axis in range(weight.ndim)) % 2
     return weight * (1 + relative * eps * (1 - 2 * parity)).astype(weight.dtype)

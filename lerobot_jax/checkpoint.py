@@ -14,6 +14,7 @@ A checkpoint is written beside its place and appears there by one rename, so it 
 
 import dataclasses
 import json
+import math
 import shutil
 import socket
 import time
@@ -288,7 +289,7 @@ def restore(run_dir: Path, step: int, target: Tree) -> Tree:
     """
     path = run_dir.resolve() / CHECKPOINTS / f"{step:06d}" / TRAINING_STATE
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(**_read_limit(target))) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise InputError(
@@ -315,7 +316,7 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
     params, buffers = jax.eval_shape(policy.init, jax.random.key(0))
     target: Tree = {"params": params, "buffers": buffers}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_read_limit(target))) as checkpointer:
             stored = checkpointer.metadata(folder.resolve()).item_metadata.tree
             has_ema = "ema" in stored
             if which == "ema" and not has_ema:
@@ -338,12 +339,17 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise InputError(f"{folder}: damaged, or not of this policy ({_shortened(error)})") from None
-    frozen = restored.pop("frozen", {})
-    weights = restored["ema"] if is_averaged else restored
-    weights["params"] = lora.merged(lora.whole_precision(combine(weights["params"], frozen)))
+    weights = restored.pop("ema") if is_averaged else restored
+    weights["params"] = lora.merged(combine(weights.pop("params"), restored.pop("frozen", {})))
     if jax.tree.map(np.shape, weights["params"]) != jax.tree.map(lambda x: x.shape, params):
         raise InputError(f"{folder}: not of this policy")
     return policy.replace(**weights)
+
+
+def _read_limit(target: Tree) -> dict[str, int]:
+    """Tell Orbax how much may be in the host's memory on the way to the devices: the largest array, twice."""
+    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target))
+    return {"restore_concurrent_gb": 1 + math.ceil(2 * largest / 1e9)}
 
 
 def _stored_shapes(stored: Tree, params: Tree) -> Tree:

@@ -27,7 +27,7 @@ from lerobot_jax.checkpoint import (
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.files import write_json
-from lerobot_jax.lora import Lora, whole_precision
+from lerobot_jax.lora import Lora
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.trainable import weights_of
 
@@ -143,9 +143,8 @@ class CheckpointWriter:
 
     def _write_model(self, partial: Path, weights: Tree, certified: Tree) -> None:
         model = partial / PRETRAINED_MODEL
-        if self._lora is not None:
-            weights["params"] = whole_precision(weights["params"])
-        self._policy.replace(**weights).save_pretrained(model, certified)
+        # With LoRA, weights were rounded to bfloat16; without, what is in bfloat16 came so.
+        self._policy.replace(**weights).save_pretrained(model, certified, widen=self._lora is not None)
         for dataset, variant in self._variants.items():
             variant.save_processors(model / DATASETS / dataset)
         write_json(self._config.to_dict(), model / TRAIN_CONFIG_NAME, indent=2)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if config.env.type is None:
         raise InputError("--env.type is missing, e.g. --env.type=pusht")
     contestants = find_contestants(config.runs, config.names)
-    check_contestants(contestants, config.env)
+    check_contestants(contestants, config.env, config.eval.inference_delay)
     folder = Path(config.output_dir or f"outputs/compare_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use already; choose another folder with --output_dir=...")
@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
         "env": dataclasses.asdict(config.env),
         "seed": config.seed,
         "n_episodes": config.eval.n_episodes,
+        "inference_delay": config.eval.inference_delay,
         "fps": episodes[0][0].fps,
         "score": score,
         "policies": [
@@ -119,12 +120,12 @@ def main(argv: Sequence[str]) -> None:
 def evaluate(name: str, policy: FunctionalPolicy, config: CompareConfig, folder: Path) -> list[Episode]:
     """Run a policy's episodes; write its eval_info.json and videos."""
     start = time.monotonic()
-    runner = policy.make_runner(config.eval.num_envs, config.seed)
+    runner = policy.make_runner(config.eval.num_envs, config.seed, config.eval.inference_delay)
     episodes = run_episodes(
         runner, config.env, config.eval, seed=config.seed, output_dir=folder, title=f"evaluating {name}"
     )
     assert episodes is not None
-    info = summarize(str(config.env.type), episodes, time.monotonic() - start)
+    info = summarize(str(config.env.type), episodes, time.monotonic() - start, runner.inference_delay)
     write_json(info, folder / EVAL_INFO_NAME, indent=2)
     logging.info("%s: %s", name, describe(info))
     return episodes

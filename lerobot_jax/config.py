@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -162,12 +163,17 @@ class EvalConfig:
     """Run the environments in processes of their own, if there are several."""
     max_episodes_rendered: int = 10
     """How many of the first episodes become videos."""
+    inference_delay: int = 0
+    """How many steps it takes to predict a chunk; meanwhile, the old one is executed, and the new one's first
+    actions come too late. policy.rtc_config makes them agree (real-time chunking). 0: the environment waits."""
 
     def __post_init__(self):
         if self.n_episodes < 1 or self.batch_size < 0 or self.max_episodes_rendered < 0:
             raise ValueError(
                 "eval.n_episodes must be positive, batch_size and max_episodes_rendered not negative"
             )
+        if self.inference_delay < 0:
+            raise ValueError(f"eval.inference_delay must not be negative, it is {self.inference_delay}")
 
     @property
     def num_envs(self) -> int:
@@ -341,9 +347,6 @@ class TrainConfig:
         return data | {"policy": self.policy.to_dict() | self.policy.own_settings()}
 
 
-_OPTIONAL_PARTS: dict[str, type] = {"peft": PeftConfig, "sample_weighting": SampleWeightingConfig}
-
-
 def load_config(argv: Sequence[str]) -> TrainConfig:
     """Read `--config=recipe.py[:variant]`, then apply `--config.a.b=value` overrides.
 
@@ -368,16 +371,27 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         }
         policy = dataclasses.replace(policy, pretrained_path=path, **own)
         config = dataclasses.replace(config, policy=policy)
-    for name, kind in _OPTIONAL_PARTS.items():  # tyro has no options for what is None
-        if getattr(config, name) is None and any(
-            a.startswith((f"--config.{name}.", "-h", "--help")) for a in argv
-        ):
-            config = dataclasses.replace(config, **{name: kind()})
+    config = with_mentioned_parts(config, "--config", argv)
+    policy = with_mentioned_parts(config.policy, "--config.policy", argv)
+    config = dataclasses.replace(config, policy=policy)
     overrides = list(argv)
     if recipe is not None:
         overrides = [a for a in argv if a not in ("--config", recipe, f"--config={recipe}")]
     flags = dataclasses.make_dataclass("Flags", [("config", TrainConfig, config)], frozen=True)
     return parse(flags, flags(), overrides, "lerobot_jax.train", _HELP).config  # type: ignore[attr-defined]
+
+
+def with_mentioned_parts(config: T, option: str, argv: Sequence[str]) -> T:
+    """Put defaults in the place of the parts that are None and have settings among the arguments.
+
+    tyro has no options for what is None.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        kind = next((part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), None)
+        mentions = (f"{option}.{name}.", "-h", "--help")
+        if kind is not None and getattr(config, name) is None and any(a.startswith(mentions) for a in argv):
+            config = dataclasses.replace(config, **{name: typing.cast(type, kind)()})  # type: ignore[type-var]
+    return config
 
 
 def load_recipe(recipe: str) -> TrainConfig:

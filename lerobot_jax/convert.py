@@ -2,6 +2,7 @@
 
     python -m lerobot_jax.convert to-torch RUN --output_dir=FOLDER         a checkpoint, for stock LeRobot
     python -m lerobot_jax.convert from-torch POLICY --output_dir=FOLDER    any LeRobot policy in today's form
+    python -m lerobot_jax.convert openpi CHECKPOINT --output_dir=FOLDER    a checkpoint of openpi's pi0 or pi0.5
     python -m lerobot_jax.convert verify POLICY --lerobot_python=PYTHON    run it in stock LeRobot, compare all
     python -m lerobot_jax.convert diff A B                                 compare two policies array by array
     python -m lerobot_jax.convert certify POLICY                           accept what was changed in its folder
@@ -27,7 +28,7 @@ import numpy as np
 import tyro
 from absl import logging
 
-from lerobot_jax import certificate, state_dict, torch_state
+from lerobot_jax import certificate, openpi, state_dict, torch_state
 from lerobot_jax.certificate import CERTIFICATE_NAME, JSON_FILES, Certifier, setting_changes
 from lerobot_jax.checkpoint import (
     TRAIN_CONFIG_NAME,
@@ -82,6 +83,25 @@ class FromTorch:
     """Branch, tag or commit on the Hub."""
     dtype: Dtype | None = None
     """Round the weights to this type; None: as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPI(openpi.Settings):
+    """Read a checkpoint of openpi's pi0 or pi0.5, and write it as a LeRobot policy with a certificate.
+
+    Weights and statistics are in the checkpoint; what its training config says beside them is said here. Adapters
+    are merged. What a robot's transforms in openpi do to states and actions (of ALOHA, for example), do it before
+    and after the policy.
+    """
+
+    path: Place = tyro.MISSING
+    """The checkpoint's folder, which has params and assets."""
+    output_dir: str = tyro.MISSING
+    """The new folder."""
+    chunk_size: int = tyro.MISSING
+    """openpi's action_horizon: 50 by default, 10 in pi0_droid and pi05_libero, 15 in pi05_droid."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """The type of the transformers' weights, in which they compute, too (openpi: bfloat16); None: as stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +167,12 @@ def to_torch(config: ToTorch) -> None:
 def from_torch(config: FromTorch) -> None:
     folder = base.find_policy(config.path, config.revision)
     _save(base.load_policy(folder), config.dtype, Path(config.output_dir), folder)
+
+
+def from_openpi(config: OpenPI) -> None:
+    folder, output_dir = Path(config.path), Path(config.output_dir)
+    _check_free(output_dir)
+    _save(openpi.read_policy(folder, config, config.dtype), None, output_dir, folder)
 
 
 def verify(config: Verify) -> None:
@@ -237,6 +263,7 @@ def average(config: Average) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "to-torch": (ToTorch, to_torch),
     "from-torch": (FromTorch, from_torch),
+    "openpi": (OpenPI, from_openpi),
     "verify": (Verify, verify),
     "diff": (Diff, diff),
     "certify": (Certify, certify),
@@ -276,8 +303,7 @@ def _mean(states: Sequence[StateDict]) -> StateDict:
 
 def _save(policy: FunctionalPolicy, dtype: str | None, output_dir: Path, source: Path) -> None:
     """Write a policy's folder; it appears whole or not at all."""
-    if output_dir.exists():
-        raise InputError(f"{output_dir} exists already; choose another --output_dir")
+    _check_free(output_dir)
     if dtype is not None:
         _round_in_place(policy.params, jnp.dtype(dtype))
         _round_in_place(policy.buffers, jnp.dtype(dtype))
@@ -292,6 +318,11 @@ def _save(policy: FunctionalPolicy, dtype: str | None, output_dir: Path, source:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{output_dir}: could not be written ({error})") from None
     logging.info("written to %s", output_dir)
+
+
+def _check_free(output_dir: Path) -> None:
+    if output_dir.exists():
+        raise InputError(f"{output_dir} exists already; choose another --output_dir")
 
 
 def _round_in_place(tree: dict[Any, Any], dtype: np.dtype) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from lerobot_jax.compilation import keep_compiled_programs
-from lerobot_jax.config import EnvConfig, EvalConfig, option_values, parse
+from lerobot_jax.config import EnvConfig, EvalConfig, option_values, parse, with_mentioned_parts
 from lerobot_jax.data.video import write_video
 from lerobot_jax.errors import InputError, reported_on_one_line
 from lerobot_jax.features import TASK
@@ -31,6 +31,7 @@ from lerobot_jax.policies.base import find_policy, load_config, load_policy
 from lerobot_jax.policies.config import PolicyConfig
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.rollout import Runner
+from lerobot_jax.rtc_queue import check_delay
 
 EVAL_INFO_NAME = "eval_info.json"
 
@@ -86,7 +87,7 @@ def evaluate(
     episodes = run_episodes(runner, env, config, seed=seed, output_dir=output_dir, should_stop=should_stop)
     if episodes is None:
         return None
-    return summarize(str(env.type), episodes, time.monotonic() - start)
+    return summarize(str(env.type), episodes, time.monotonic() - start, runner.inference_delay)
 
 
 def run_episodes(
@@ -218,8 +219,10 @@ def _save_video(episode: Episode, output_dir: Path) -> None:
         episode.frames = []
 
 
-def summarize(group: str, episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
-    """Give eval_info.json's content: LeRobot's fields, and beside them intervals, lengths, seeds."""
+def summarize(
+    group: str, episodes: Sequence[Episode], seconds: float, inference_delay: int = 0
+) -> dict[str, Any]:
+    """Give eval_info.json's content: LeRobot's fields, and beside them intervals, lengths, seeds, the delay."""
     videos = [episode.video_path for episode in episodes if episode.video_path is not None]
     metrics: dict[str, Any] = {
         "sum_rewards": [episode.sum_reward for episode in episodes],
@@ -240,6 +243,7 @@ def summarize(group: str, episodes: Sequence[Episode], seconds: float) -> dict[s
         "pc_success_interval": [100 * bound for bound in wilson_interval(num_successes, len(episodes))],
         "n_episodes": len(episodes),
         "avg_length": float(np.mean(metrics["lengths"])),
+        "inference_delay": inference_delay,
     }
     overall |= {f"avg_max_{name}": float(np.mean(metrics[f"max_{name}"])) for name in episodes[0].best_info}
     times = {"eval_s": seconds, "eval_ep_s": seconds / len(episodes)}
@@ -301,7 +305,8 @@ def load_eval_config(argv: Sequence[str]) -> tuple[str, EvalPipelineConfig]:
         raise InputError("--policy.path=FOLDER_OR_HUB_NAME is missing, see --help")
     default = EvalPipelineConfig()
     if path is not None:
-        default = dataclasses.replace(default, policy=load_config(find_policy(path)))
+        policy = with_mentioned_parts(load_config(find_policy(path)), "--policy", argv)
+        default = dataclasses.replace(default, policy=policy)
     others = [a for a in argv if a not in ("--policy.path", path, f"--policy.path={path}")]
     config = parse(EvalPipelineConfig, default, others, "lerobot_jax.eval", __doc__ or "")
     return path or "", config
@@ -313,11 +318,12 @@ def main(argv: Sequence[str]) -> None:
     assert config.policy is not None
     if config.env.type is None:
         raise InputError("--env.type is missing, e.g. --env.type=pusht")
+    check_delay(config.policy, config.eval.inference_delay)
     policy = load_policy(path, config=config.policy)
     stamp = f"{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
     folder = Path(config.output_dir or f"outputs/eval/{stamp}_{config.env.type}_{config.policy.type}")
     check_environment(policy.config, config.env)
-    runner = policy.make_runner(config.eval.num_envs, config.seed)
+    runner = policy.make_runner(config.eval.num_envs, config.seed, config.eval.inference_delay)
     runner.compile()
     info = evaluate(runner, config.env, config.eval, seed=config.seed, output_dir=folder)
     assert info is not None

@@ -42,7 +42,7 @@ class Lora:
         settings: fields of PEFT's `LoraConfig`, the base's name among them.
         targets: the weights with adapters.
         whole: the paths of the variables that are trained wholly.
-        halved: those that are kept in bfloat16, because their layers cast them to it anyway.
+        halved: those that are kept in bfloat16 unless trained, because their layers cast them to it anyway.
     """
 
     settings: dict[str, Any]
@@ -62,14 +62,6 @@ class Lora:
         if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
             return params
         return attach(self.targets, params, key, self.settings.get("init_lora_weights", True))
-
-    def halve(self, frozen: Tree) -> Tree:
-        """Keep what is not trained in bfloat16, where layers cast it to that anyway."""
-        arrays: dict[Any, Any] = {**flatten_dict(frozen)}
-        for path, x in arrays.items():
-            if (path[:-1] if path[-1] == "base" else path) in self.halved:
-                arrays[path] = x.astype(jnp.bfloat16)
-        return unflatten_dict(arrays)
 
 
 def plan(peft: PeftConfig, policy: PolicyConfig, module: nnx.Module) -> Lora:
@@ -172,19 +164,16 @@ def factors_of(target: Target, params: Tree) -> tuple[np.ndarray, np.ndarray]:
 
 
 def merged(params: Tree) -> Tree:
-    """Give the weights with their adapters merged, in float32; computed on the host."""
-    return jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x)) if is_adapted(x) else x, params, is_leaf=is_adapted
-    )
+    """Give the weights of a run with LoRA with their adapters merged, all in float32; of another run, as they are.
 
-
-def whole_precision(params: Tree) -> Tree:
-    """Give arrays on the host with those that were kept in bfloat16 in float32."""
-
-    def widen(x: Any) -> Any:
-        return x.astype(np.float32) if not is_adapted(x) and x.dtype == jnp.bfloat16 else x
-
-    return jax.tree.map(widen, params, is_leaf=is_adapted)
+    Computed on the host, one array after the other; those that the caller does not keep are freed on the way.
+    """
+    arrays: dict[Any, Any] = flatten_dict(params)
+    del params
+    if any(map(is_adapted, arrays.values())):
+        for path, x in arrays.items():
+            arrays[path] = np.asarray(x, np.float32)
+    return unflatten_dict(arrays)
 
 
 def as_dicts(params: Tree) -> Tree:

@@ -130,6 +130,8 @@ def _read_group(label: str, is_this: bool, group: str, result: Mapping[str, Any]
     success, num_episodes = float(result["pc_success"]), int(result["n_episodes"])
     low, high = wilson_interval(round(success * num_episodes / 100), num_episodes)
     rewards = {name: float(result[name]) for name in ("avg_max_reward", "avg_sum_reward")}
+    if delay := result.get("inference_delay", 0):  # of an environment that does not wait
+        group += f", inference delay {delay} steps"
     return Evaluation(label, is_this, group, num_episodes, success, (100 * low, 100 * high), rewards)
 
 

@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from lerobot_jax import adapter_folder, averaging, distributed, lora, optim, sharding, trainable
+from lerobot_jax import adapter_folder, averaging, distributed, lora, optim, sharding, torch_state, trainable
 from lerobot_jax.compilation import compile_quickly
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import Execution
+from lerobot_jax.nn.weights import is_adapted
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.policy_weights import PolicyWeights
 from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.train_step import make_eval_loss, make_loss, make_preprocess, make_train_step
 
@@ -35,19 +38,25 @@ class Program:
     """
 
     def __init__(
-        self, config: TrainConfig, policies: Sequence[FunctionalPolicy], names: Sequence[str], mesh: Mesh
+        self,
+        config: TrainConfig,
+        policies: Sequence[FunctionalPolicy],
+        names: Sequence[str],
+        mesh: Mesh,
+        pretrained: PolicyWeights | None = None,
     ):
         """Args:
         config: the run's.
         policies: for each dataset, the policy with its processors.
         names: of the datasets.
         mesh: the devices.
+        pretrained: where training begins, unless with new weights.
 
         Raises:
             InputError: when the batch, the seeds or the tensor axes do not fit the mesh.
         """
         self.config, self.runs = config, config.runs
-        self.policy = policies[0].replace(params={}, buffers={})
+        self.policy, self._pretrained = policies[0], pretrained
         self.layout = SeedLayout(len(self.runs), mesh)
         _check_mesh(config, self.policy, mesh)
         whole_seeds = len(self.runs) > 1  # a device computes all of a seed, or all devices hold every seed
@@ -66,7 +75,9 @@ class Program:
         if self.lora is not None:
             params = jax.eval_shape(self.lora.attach, self.init_shapes[0], jax.random.key(0))
             self.init_shapes = params, self.init_shapes[1]
-        trained, _ = self._split(self.init_shapes[0])
+        trained, frozen = self._split(self.init_shapes[0])
+        frozen = trainable.halve(frozen, pretrained, self.lora)
+        self.init_shapes = trainable.combine(trained, frozen), self.init_shapes[1]
         self.optimizer = optim.make_optimizer(config, trained, lora.as_dicts(self.init_shapes[0]))
         self.seed_state = self._placed(jax.eval_shape(self.make_state, *self.init_shapes))
         self.state = self.layout.stacked_shapes(self.seed_state)
@@ -96,10 +107,11 @@ class Program:
     def make_state(self, params: Tree, buffers: Tree) -> Tree:
         """Make the train state of one seed: all that a step reads and changes."""
         trained, frozen = self._split(params)
-        state = {"step": jnp.zeros((), jnp.int32), "params": trained, "buffers": buffers}
-        state["opt_state"] = self.optimizer.init(trained)
-        if frozen:
-            state["frozen"] = frozen if self.lora is None else self.lora.halve(frozen)
+        state = {"params": trained, "buffers": buffers, **self._make_rest(trained, buffers)}
+        return state | ({"frozen": frozen} if frozen else {})
+
+    def _make_rest(self, trained: Tree, buffers: Tree) -> Tree:
+        state = {"step": jnp.zeros((), jnp.int32), "opt_state": self.optimizer.init(trained)}
         if averaging.is_averaged(self.config):
             state["ema"] = jax.tree.map(jnp.copy, {"params": trained, "buffers": buffers})
         return state
@@ -112,29 +124,49 @@ class Program:
         step_key, eval_key = wrap(data[1:])
         return step_key, eval_key
 
-    def first_state(self, policy: FunctionalPolicy) -> Tree:
-        """Make the state before the first step, on its devices.
-
-        Args:
-            policy: its arrays, if it has any, are where training begins.
-        """
-        where = jax.tree.map(lambda x: x.sharding, self._placed(self.init_shapes))
-        arrays = [(policy.params, policy.buffers)] * len(self.runs)
-        if not policy.params:
-            key = np.asarray(jax.random.key_data(jax.random.key(0)))
-            init = compile_quickly(self._init, key, out_shardings=where)
-            first = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
-            drawn = [init(np.asarray(jax.random.key_data(key))) for key in first]
-            arrays = [base.load_pretrained_parts(policy, *each) for each in drawn]
+    def first_state(self) -> Tree:
+        """Make the state before the first step, on its devices."""
+        keys = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
+        if self._pretrained is not None:
+            arrays = [self._read(self._pretrained)] * len(self.runs)
+        else:
+            arrays = [base.load_pretrained_parts(self.policy, *each) for each in self._draw(keys)]
         if self.lora is not None:
-            keys = [jax.random.split(jax.random.key(run.seed), 3)[0] for run in self.runs]
             arrays = [
                 (self.lora.attach(each[0], key), each[1]) for each, key in zip(arrays, keys, strict=True)
             ]
-        arrays = [sharding.place(each, where) for each in arrays]
-        make_states = self.layout.over_seeds(self.make_state, (0, 0))
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        return jax.jit(make_states, out_shardings=shardings)(*self.layout.stack(arrays))
+        where = jax.tree.map(lambda x: x.sharding, self._placed(self.init_shapes))
+        params, buffers = self.layout.stack([sharding.place(each, where) for each in arrays])
+        # What is made from the parameters is made beside them; they are the state's as they are.
+        trained, frozen = self._split(params)
+        state = {"params": trained, "buffers": buffers} | ({"frozen": frozen} if frozen else {})
+        shardings = {
+            key: jax.tree.map(lambda x: x.sharding, self.state[key]) for key in self.state.keys() - state
+        }
+        make_rest = self.layout.over_seeds(self._make_rest, (0, 0))
+        return state | jax.jit(make_rest, out_shardings=shardings)(trained, buffers)
+
+    def _draw(self, keys: Sequence[jax.Array]) -> list[tuple[Tree, Tree]]:
+        """Draw new parameters and buffers from each key, where they belong."""
+
+        def init(key_data: jax.Array) -> tuple[Tree, Tree]:
+            return self.policy.init(jax.random.wrap_key_data(key_data))
+
+        where = jax.tree.map(lambda x: x.sharding, self._placed(self.init_shapes))
+        data = [np.asarray(jax.random.key_data(key)) for key in keys]
+        compiled = compile_quickly(init, data[0], out_shardings=where)
+        return [compiled(each) for each in data]
+
+    def _read(self, pretrained: PolicyWeights) -> tuple[Tree, Tree]:
+        """Read parameters and buffers, each array in the state's type and to where it belongs."""
+        params, buffers = (flatten_dict(shapes) for shapes in self._placed(self.init_shapes))
+        like: dict[Any, Any] = params | buffers
+
+        def put(path: torch_state.Path, array: np.ndarray) -> jax.Array:
+            shape = like[path].base if is_adapted(like[path]) else like[path]
+            return sharding.place_as(array, shape)
+
+        return pretrained.read(put, merge_adapters=False)
 
     def trace_step(self, batch: Tree) -> jax.stages.Traced:
         """Trace `step(state, batch, key) -> (state, metrics)` for batches of these shapes.
@@ -152,9 +184,6 @@ class Program:
 
     def _split(self, params: Tree) -> tuple[Tree, Tree]:
         return trainable.split(self.config, params, None if self.lora is None else self.lora.whole)
-
-    def _init(self, key_data: jax.Array) -> tuple[Tree, Tree]:
-        return self.policy.init(jax.random.wrap_key_data(key_data))
 
     def _placed(self, shapes: Any) -> Any:
         """Give the shapes of one seed's arrays with their shardings."""

@@ -1,4 +1,4 @@
-"""From a policy that predicts chunks to one action a step: observation history, action queue, temporal ensembling.
+"""From a policy that predicts chunks to one action a step: history, queue, temporal ensembling, real-time chunking.
 
 Host-side objects beside the policies. Mirrors `lerobot.policies.act.modeling_act` (`select_action`,
 `ACTTemporalEnsembler`), with one difference, on purpose: a whole chunk becomes actions in the environment's units,
@@ -6,6 +6,14 @@ with the state of the observation that it was predicted from, before its actions
 `select_action` queues what the policy predicts, and the postprocessor adds the state at the time of execution, so
 relative actions drift from the second of a chunk on (in `lerobot-eval`, unless n_action_steps is 1); therefore
 `lerobot-rollout` refuses them unless it runs whole chunks (`--inference.type=rtc`, of policies that can).
+
+A simulation can also be told how many steps a prediction takes (`inference_delay`); this mirrors
+`lerobot.rollout.inference.rtc` in simulated time. The policy's `rtc_config` says whether a new chunk is predicted
+along the old one (real-time chunking, also without a delay) or on its own. Differences, on purpose: the policy is
+told the delay that it will have, not the greatest so far; what is left of the old chunk is padded to a whole one,
+and the horizon ends with it, where LeRobot pulls towards zeros behind its end; the first chunk is waited for, where
+LeRobot leaves the actions of the delay out there too; and a chunk is asked for by `n_action_steps`, where LeRobot
+has a threshold for the actions that are left.
 """
 
 import math
@@ -20,11 +28,14 @@ from jaxtyping import Float
 from lerobot_jax.certificate import make_observations
 from lerobot_jax.compilation import compiling
 from lerobot_jax.errors import InputError
-from lerobot_jax.features import TASK, FeatureType
+from lerobot_jax.features import ACTION, TASK, FeatureType
 from lerobot_jax.processors.text import tasks_of
+from lerobot_jax.rtc_queue import DelayedQueue, check_delay
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
+
+_LEFT = "prev_chunk_left_over"
 
 
 class ActionQueue:
@@ -83,10 +94,16 @@ class Runner:
     evaluation computes exactly what a robot will run.
     """
 
-    def __init__(self, policy: "FunctionalPolicy", batch_size: int = 1, seed: int = 0):
+    def __init__(
+        self, policy: "FunctionalPolicy", batch_size: int = 1, seed: int = 0, inference_delay: int = 0
+    ):
+        check_delay(policy.config, inference_delay)
         self.policy = policy
+        self.inference_delay = inference_delay
+        rtc = getattr(policy.config, "rtc_config", None)
+        self._rtc = rtc if rtc is not None and rtc.enabled else None
         self.load(policy.params, policy.buffers, seed)
-        self._predict = jax.jit(self._predict_chunk)
+        self._predict = jax.jit(self._predict_chunk if self._rtc is None else self._predict_along)
         self._execution = [self._new_execution() for _ in range(batch_size)]
         self._history = [self._new_history() for _ in range(batch_size)]
         self._episode = list(range(batch_size))
@@ -107,7 +124,11 @@ class Runner:
         made = self.policy.tokenize(make_observations(self.policy))
         observation = {key: np.asarray(value[:1]) for key, value in made.items()}
         with compiling("the policy"):
-            jax.block_until_ready(self._predict(*self._arrays, observation, self._seed_key, 0, 0))
+            jax.block_until_ready(
+                self._predict(
+                    *self._arrays, observation, self._seed_key, 0, 0, *self._old(self._new_execution())
+                )
+            )
 
     def reset(self, slot: int | None = None, episode: int | None = None) -> None:
         """Forget the past of one slot (None: of all) because an episode begins; its number seeds the noise."""
@@ -139,12 +160,13 @@ class Runner:
             self._history[i].append({key: value[i : i + 1].copy() for key, value in inputs.items()})
             if self._execution[i].needs_chunk():
                 told = {TASK: tasks[i : i + 1]} if tasks else {}
-                seen = self.policy.tokenize(self._seen(i) | told)
-                chunks[i] = self._predict(
-                    *self._arrays, seen, self._seed_key, self._episode[i], self._step[i]
+                seen, old = self.policy.tokenize(self._seen(i) | told), self._old(self._execution[i])
+                chunk = self._predict(
+                    *self._arrays, seen, self._seed_key, self._episode[i], self._step[i], *old
                 )
+                chunks[i] = (chunk,) if self._rtc is None else chunk
         for i, chunk in chunks.items():  # after all have been started
-            self._execution[i].add(np.asarray(chunk)[0])
+            self._execution[i].add(*(np.asarray(actions)[0] for actions in chunk))
         result = np.zeros((len(self._execution), *self.policy.config.action_feature.shape), np.float32)
         for i in wanted:
             result[i] = self._execution[i].next_action()
@@ -155,6 +177,32 @@ class Runner:
         key = jax.random.fold_in(jax.random.fold_in(seed_key, episode), step)
         chunk = self.policy.sample_actions(params, buffers, self.policy.preprocess(observation), key)
         return self.policy.postprocess(chunk, observation)
+
+    def _predict_along(self, params, buffers, observation, seed_key, episode, step, old):
+        """Predict a chunk along what is left of the old one; give it in the robot's units, and as predicted."""
+        key = jax.random.fold_in(jax.random.fold_in(seed_key, episode), step)
+        if self._is_reanchored:
+            old = old | {_LEFT: self.policy.preprocess({**observation, ACTION: old[_LEFT]})[ACTION]}
+        inputs = self.policy.preprocess(observation)
+        chunk = self.policy.sample_actions(params, buffers, inputs, key, **old)
+        return self.policy.postprocess(chunk, observation), chunk
+
+    @property
+    def _is_reanchored(self) -> bool:
+        """Whether the same action is another number for the policy when it is seen from a later step."""
+        return self.policy.preprocessor.action_target.is_transformed
+
+    def _old(self, execution: Any) -> tuple[dict[str, Any], ...]:
+        """Give what a policy with real-time chunking is told of the old chunk, padded, since shapes are static."""
+        if self._rtc is None:
+            return ()
+        config = self.policy.config
+        padded = np.zeros((len(config.sampled_delta_indices or []), *config.action_feature.shape), np.float32)
+        left = execution.left_over(processed=self._is_reanchored)
+        steps = 0 if left is None else len(left)
+        padded[:steps] = left
+        horizon = min(self._rtc.execution_horizon, steps)  # 0 before the first chunk: no guidance
+        return ({_LEFT: padded[None], "inference_delay": self.inference_delay, "execution_horizon": horizon},)
 
     def _seen(self, slot: int) -> dict[str, np.ndarray]:
         """Give what the policy sees of an episode: the last steps, with a time axis if the policy wants one.
@@ -175,8 +223,10 @@ class Runner:
     def _new_history(self) -> deque[dict[str, np.ndarray]]:
         return deque(maxlen=self.policy.config.n_obs_steps)
 
-    def _new_execution(self) -> ActionQueue | TemporalEnsembler:
+    def _new_execution(self) -> ActionQueue | TemporalEnsembler | DelayedQueue:
         config: Any = self.policy.config
+        if self.inference_delay or self._rtc is not None:
+            return DelayedQueue(config.n_action_steps, self.inference_delay)
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
             return TemporalEnsembler(config.temporal_ensemble_coeff, config.chunk_size)
         return ActionQueue(config.n_action_steps)

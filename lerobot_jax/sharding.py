@@ -14,6 +14,7 @@ from lerobot_jax import distributed
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import BATCH_AXES, Execution
 from lerobot_jax.nn.weights import is_stacked
+from lerobot_jax.state_dict import empty_aligned
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -173,15 +174,32 @@ def state_shardings(execution: Execution, tree: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Put arrays that every process has whole where they belong; each device gets its part only."""
+    """Put arrays that every process has whole where they belong; each device gets its part only.
+
+    Those that are there already stay as they are. The others take the way through the host: `jax.device_put` may
+    give the memory of one array to several, and a train step that uses it again for its results would crash.
+    """
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(array, jax.Array) and (jax.process_count() == 1 or not array.is_fully_addressable):
-            return jax.device_put(array, sharding)
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        if isinstance(array, jax.Array) and array.sharding == sharding:
+            return array
+        array = host_view(array) if isinstance(array, jax.Array) else array
+        return place_as(array, jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding))
 
     return jax.tree.map(put, tree, shardings)
+
+
+def place_as(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Put an array that every process has whole where it belongs, in another type if need be.
+
+    When this returns, the devices have what they need of it, so that the next may be read into the host's memory.
+    """
+
+    def part(index: Any) -> np.ndarray:
+        return np.asarray(array[index], like.dtype)
+
+    assert like.sharding is not None
+    return jax.make_array_from_callback(array.shape, like.sharding, part).block_until_ready()
 
 
 def local_copy(tree: Any) -> Any:
@@ -202,6 +220,28 @@ def to_host(tree: Any) -> Any:
             array = jax.device_put(array, replicated(array.sharding.mesh))
             array.block_until_ready()
         # Copied, not viewed: the memory of the array may be used again.
-        return np.array(array, copy=True) if distributed.is_first() else None
+        return host_copy(array) if distributed.is_first() else None
 
     return jax.tree.map(copy, tree)
+
+
+def host_copy(array: jax.Array) -> np.ndarray:
+    """Copy an array of which this process has all parts to the host.
+
+    Unlike with `np.asarray`, the array does not keep another copy.
+    """
+    made = empty_aligned(array.shape, array.dtype)
+    for shard in _parts(array):
+        made[shard.index] = np.asarray(shard.data)
+    return made
+
+
+def host_view(array: jax.Array) -> np.ndarray:
+    """Give `host_copy`, or an array's own memory if the host can read it."""
+    parts = _parts(array)
+    return np.asarray(parts[0].data) if len(parts) == 1 else host_copy(array)
+
+
+def _parts(array: jax.Array) -> list[jax.Shard]:
+    """Give each part of an array once, however many devices have it."""
+    return list({str(shard.index): shard for shard in array.addressable_shards}.values())

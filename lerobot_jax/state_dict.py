@@ -82,6 +82,9 @@ class StateDict(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         return self.tensors[key].read()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.tensors  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

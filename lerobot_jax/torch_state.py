@@ -17,12 +17,14 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lerobot_jax import sharding
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.stack import Stack
 from lerobot_jax.nn.variables import Counter
 from lerobot_jax.state_dict import StateDict, Tensor, compute_ahead, empty_aligned
 
 Tree = dict[str, Any]
+Path = tuple[str | int, ...]  # names and list positions from a module down to an array
 
 
 class Layout(NamedTuple):
@@ -140,24 +142,39 @@ def _walk(module: nnx.Module) -> Iterator[Entry]:
                 yield Entry((key,), (*place.path, name), place.layer, layout, child)
 
 
-def to_torch(module: nnx.Module, params: Tree, buffers: Tree) -> StateDict:
-    """Give the PyTorch state dict of a policy whose arrays are in `params` and `buffers`, computed on access."""
+def to_torch(module: nnx.Module, params: Tree, buffers: Tree, *, widen: bool = False) -> StateDict:
+    """Give the PyTorch state dict of a policy whose arrays are in `params` and `buffers`, computed on access.
+
+    Args:
+        module: the module tree (shapes are enough).
+        params: arrays, on devices or on the host, or `LoraWeight`s, which are merged.
+        buffers: arrays.
+        widen: whether what is in bfloat16 becomes float32.
+    """
     arrays: dict[Any, Any] = {**flatten_dict(params), **flatten_dict(buffers)}
     tensors = {}
     for entry in entries(module):
         array = arrays[entry.path]
-        form = entry.torch_form(array.dtype)
-        tensors[entry.keys[0]] = Tensor(*form, lambda array=array, entry=entry: _convert(array, entry))
+        dtype = np.dtype(np.float32) if widen and array.dtype == jnp.bfloat16 else array.dtype
+        read = functools.partial(_convert, array, entry, dtype)
+        tensors[entry.keys[0]] = Tensor(*entry.torch_form(dtype), read)
     tied = {key: entry.keys[0] for entry in entries(module) for key in entry.keys[1:]}
     return StateDict(tensors, tied)
 
 
-def _convert(array: Any, entry: Entry) -> np.ndarray:
-    layer = np.asarray(array if entry.layer is None else array[entry.layer])
-    return contiguous(entry.layout.to_torch(layer))
+def _convert(array: Any, entry: Entry, dtype: np.dtype) -> np.ndarray:
+    layer = array if entry.layer is None else array[entry.layer]
+    layer = sharding.host_view(layer) if isinstance(layer, jax.Array) else np.asarray(layer)
+    return contiguous(entry.layout.to_torch(layer.astype(dtype, copy=False)))
 
 
-def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: str = "") -> tuple[Tree, Tree]:
+def from_torch(
+    module: nnx.Module,
+    state: StateDict,
+    prefix: str = "",
+    ignore: str = "",
+    put: Callable[[Path, np.ndarray], jax.Array] = lambda path, array: jnp.asarray(array),
+) -> tuple[Tree, Tree]:
     """Read the parameters and the buffers of a module from a state dict, one array at a time.
 
     Args:
@@ -165,11 +182,36 @@ def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: s
         state: the state dict.
         prefix: what precedes the module's keys in it.
         ignore: a regular expression for keys that may be left unread.
+        put: brings an array to the devices, given its path too; on the host it is not kept.
 
     Raises:
         InputError: listing all keys that are missing from the state dict, unknown to the module, of another shape
             or of a type that JAX does not compute with.
     """
+    wanted = check(module, state, prefix, ignore)
+    arrays: dict[Path, np.ndarray] = {}
+    trees: tuple[dict[Path, jax.Array], dict[Path, jax.Array]] = {}, _counters(module)
+    done = compute_ahead([functools.partial(_load, entry, state, arrays) for entry in wanted])
+    for path, group in itertools.groupby(wanted, lambda entry: entry.path):
+        layers = list(group)
+        for _ in layers:
+            next(done)
+        tree = trees[0 if isinstance(layers[0].variable, nnx.Param) else 1]
+        tree[path] = put(path, arrays.pop(path))
+    params, buffers = map(unflatten_dict, trees)
+    return params, buffers
+
+
+def stored_types(module: nnx.Module, state: StateDict) -> dict[Path, np.dtype]:
+    """Give the type in which a state dict has each array of a module, by the array's path."""
+    found = {}
+    for entry in entries(module):
+        found[entry.path] = next(state.tensors[key].dtype for key in entry.keys if key in state)
+    return found
+
+
+def check(module: nnx.Module, state: StateDict, prefix: str = "", ignore: str = "") -> list[Entry]:
+    """Compare a state dict with a module as `from_torch` does, without reading it; give what is to be read."""
     wanted = [entry._replace(keys=tuple(prefix + key for key in entry.keys)) for entry in entries(module)]
     problems = [problem for entry in wanted for problem in _misfits(entry, state)]
     problems += _mixed_types(wanted, state)
@@ -178,25 +220,16 @@ def from_torch(module: nnx.Module, state: StateDict, prefix: str = "", ignore: s
     problems += [f"unknown {key}" for key in unknown if not (ignore and re.fullmatch(ignore, key))]
     if problems:
         raise InputError(f"{state.source} does not fit the policy: {'; '.join(problems)}")
-
-    arrays: dict[tuple[str | int, ...], np.ndarray] = {}
-    for _ in compute_ahead([functools.partial(_load, entry, state, arrays) for entry in wanted]):
-        pass
-    params, buffers = {}, _counters(module)
-    for entry in wanted:
-        tree = params if isinstance(entry.variable, nnx.Param) else buffers
-        if entry.path in arrays:
-            tree[entry.path] = jnp.asarray(arrays.pop(entry.path))
-    return unflatten_dict(params), unflatten_dict(buffers)
+    return wanted
 
 
-def _counters(module: nnx.Module) -> dict[tuple[str | int, ...], jax.Array]:
+def _counters(module: nnx.Module) -> dict[Path, jax.Array]:
     """Give what no state dict has, as it is at the beginning."""
     shapes: dict[Any, Any] = {**flatten_dict(nnx.to_pure_dict(nnx.state(module, Counter)))}
     return {path: jnp.zeros(count.shape, count.dtype) for path, count in shapes.items()}
 
 
-def _load(entry: Entry, state: StateDict, arrays: dict[tuple[str | int, ...], np.ndarray]) -> None:
+def _load(entry: Entry, state: StateDict, arrays: dict[Path, np.ndarray]) -> None:
     """Read an entry's array into its place in `arrays`."""
     value = entry.layout.from_torch(state[next(key for key in entry.keys if key in state)])
     if entry.layer is None:

@@ -39,6 +39,7 @@ from lerobot_jax.program import Program
 from lerobot_jax.progress import progress_bar
 from lerobot_jax.push_to_hub import check_before_training, push_to_hub
 from lerobot_jax.rollout import Runner
+from lerobot_jax.rtc_queue import check_delay
 from lerobot_jax.seed_summary import summarize
 from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.sharding import BatchPlacement
@@ -68,12 +69,14 @@ def main(argv: Sequence[str]) -> None:
     runs = config.runs  # one for each seed; they differ in nothing but the seed and the folder
     policies = training_data.build_policies(config, sources)
     policy = policies[0]
+    pretrained = training_data.open_weights(policy)
     if config.env.type is not None:
         check_environment(policy.config, config.env)
+        check_delay(policy.config, config.eval.inference_delay)
     if config.wandb.enable and is_first:
         import_wandb()
     mesh = sharding.make_mesh(config.mesh)
-    program = Program(config, policies, [source.name for source in sources], mesh)
+    program = Program(config, policies, [source.name for source in sources], mesh, pretrained)
     layout, batch_size = program.layout, program.samples_per_step
     samples = training_data.training_samples(
         config, sources, policies, layout.replicated, program.samples_sharding
@@ -87,10 +90,7 @@ def main(argv: Sequence[str]) -> None:
     if saved_steps:
         state = layout.stack([checkpoint.restore(run.run_dir, step, program.seed_state) for run in runs])
     else:
-        state = program.first_state(policy)
-    # From here on, the arrays are in the state.
-    policies = [each.replace(params={}, buffers={}) for each in policies]
-    policy = policies[0]
+        state = program.first_state()
     num_params = sum(x.size for x in jax.tree.leaves(program.init_shapes[0]))
     if program.lora is not None:
         num_trained = sum(x.size for x in jax.tree.leaves(program.seed_state["params"]))
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
     memory = step_memory(train_step, state, batch, jax.default_backend(), present_limit())
     logging.info("memory of a device: %s", memory.describe())
     eval_loss = program.eval_loss()
-    runner = policy.make_runner(config.eval.num_envs, config.seed)
+    runner = policy.make_runner(config.eval.num_envs, config.seed, config.eval.inference_delay)
     if config.env.type and config.env_eval_freq:
         whole = sharding.local_copy(layout.take(weights_of(state), 0))
         if is_first:

@@ -4,12 +4,16 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lerobot_jax import lora
 from lerobot_jax.config import TrainConfig
 from lerobot_jax.errors import InputError
+from lerobot_jax.nn.weights import cast_paths
 from lerobot_jax.peft_targets import Path
+from lerobot_jax.policy_weights import PolicyWeights
 
 Tree = dict[str, Any]
 
@@ -43,6 +47,24 @@ def split(config: TrainConfig, params: Tree, whole: Collection[Path] | None = No
     if not trained:
         raise InputError(f"freeze={config.freeze} leaves no parameter to train")
     return unflatten_dict(trained), unflatten_dict(frozen)
+
+
+def halve(frozen: Tree, pretrained: PolicyWeights | None, adapters: lora.Lora | None) -> Tree:
+    """Give the shapes of what is not trained with the types in which it is kept: in bfloat16 where that is enough.
+
+    That is where it comes in bfloat16 and its layer casts it anyway: nothing is lost, it is exported as it came.
+    With LoRA, whose small changes are what counts, also where its layer computes in bfloat16, however it comes.
+    """
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    kept = frozenset() if adapters is None else adapters.halved
+    if pretrained is not None:
+        types = pretrained.types
+        kept |= {path for path in cast_paths(pretrained.module) if types[path] == bfloat16}
+    arrays: dict[Any, Any] = {**flatten_dict(frozen)}
+    for path, x in arrays.items():
+        if (path[:-1] if path[-1] == "base" else path) in kept:
+            arrays[path] = jax.ShapeDtypeStruct(x.shape, bfloat16)
+    return unflatten_dict(arrays)
 
 
 def combine(trained: Tree, frozen: Tree) -> Tree:

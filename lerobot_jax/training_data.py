@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from lerobot_jax import distributed, hub
+from lerobot_jax import certificate, distributed, hub
 from lerobot_jax.config import SourceConfig, TrainConfig
 from lerobot_jax.data import loader, mixture
 from lerobot_jax.data.dataset import LeRobotDataset, resized_features, split_episodes
@@ -29,6 +29,7 @@ from lerobot_jax.features import (
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
 from lerobot_jax.policies.config import PolicyConfig
+from lerobot_jax.policy_weights import PolicyWeights
 from lerobot_jax.sharding import BatchPlacement
 from lerobot_jax.training_features import check_cameras, feature_map, policy_features
 from lerobot_jax.training_text import make_tokenize, text_keys, with_task_tokens
@@ -179,11 +180,11 @@ def _check_rename_map(source: SourceConfig, meta: LeRobotDatasetMetadata) -> Non
 
 
 def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[FunctionalPolicy]:
-    """Fit the policy's features to the datasets, its statistics to each; load its weights if it starts from others.
+    """Fit the policy's features to the datasets, and its statistics to each.
 
     Returns:
-        One for each source: the same policy with that dataset's processors and tasks. The first has the weights.
-        Where only the metadata was read, there are no weights, and statistics that change nothing.
+        One for each source: the same policy with that dataset's processors and tasks, without arrays. Where only
+        the metadata was read, its statistics change nothing.
 
     Raises:
         InputError: naming a feature that a dataset lacks or has in another shape, or missing statistics.
@@ -211,16 +212,21 @@ def build_policies(config: TrainConfig, sources: Sequence[Source]) -> list[Funct
         target_stats = _target_statistics(adapted, source) if target.is_transformed else None
         rename, size = source.config.rename_map, config.dataset.image_size
         policies.append(base.make_policy(adapted, stats, rename, target_stats, size))
-    if policy_config.pretrained_path is not None and sources[0].data is not None:
-        first = policies[0]
-        pretrained = base.load_policy(
-            policy_config.pretrained_path,
-            policy_config.pretrained_revision,
-            first.config,
-            merge_adapters=False,
-        )
-        policies[0] = first.replace(params=pretrained.params, buffers=pretrained.buffers)
     return with_task_tokens(policies, sources)
+
+
+def open_weights(policy: FunctionalPolicy) -> PolicyWeights | None:
+    """Open and check the weights that training starts from, if the policy names some.
+
+    Raises:
+        InputError: naming what is missing, does not fit, or is not what its certificate says.
+    """
+    config = policy.config
+    if config.pretrained_path is None:
+        return None
+    folder = base.find_policy(config.pretrained_path, config.pretrained_revision)
+    certificate.check_files(folder)
+    return base.open_policy(folder, config)[1]
 
 
 def _statistics(config: TrainConfig, source: Source, features: dict[str, PolicyFeature]) -> Any:
@@ -346,7 +352,7 @@ def sample_finishes(
     finishes: list[Callable[[Batch], Batch]] = []
     for source, policy in zip(sources, policies, strict=True):
         steps = [feature_map(policy.config, source, sources)] if is_mixture else []
-        tokenize = make_tokenize(policy, is_mixture=is_mixture)
+        tokenize = make_tokenize(policy, is_mixture=is_mixture, is_plan=source.data is None)
         finishes.append(functools.partial(_apply, [*steps, *([tokenize] if tokenize else [])]))
     return finishes
 

@@ -41,18 +41,23 @@ def _task_tokens(
     policy: FunctionalPolicy, sources: Sequence["Source"]
 ) -> list[dict[str, Shaped[np.ndarray, "tasks l"]]]:
     """Tokenize the tasks of all datasets, once and together, so that all have the same number of tokens."""
-    tokens = policy.tokenize({TASK: [task for source in sources for task in source.meta.tasks]})
+    tasks = [task for source in sources for task in source.meta.tasks]
+    is_plan = all(source.data is None for source in sources)
+    tokens = (is_plan and policy.preprocessor.blank_tokens(len(tasks))) or policy.tokenize({TASK: tasks})
     ends = np.cumsum([len(source.meta.tasks) for source in sources])[:-1]
     parts = {key: np.split(table, ends) for key, table in tokens.items()}
     return [{key: tables[i] for key, tables in parts.items()} for i in range(len(sources))]
 
 
-def make_tokenize(policy: FunctionalPolicy, *, is_mixture: bool) -> Callable[[Batch], Batch] | None:
+def make_tokenize(
+    policy: FunctionalPolicy, *, is_mixture: bool, is_plan: bool = False
+) -> Callable[[Batch], Batch] | None:
     """Give the function that tokenizes texts that tell numbers; None where there are none. The numbers stay raw.
 
     Args:
         policy: has the statistics of the samples' dataset.
         is_mixture: whether they have the policy's names and widths already.
+        is_plan: whether only the shapes matter.
     """
     if not policy.preprocessor.text_tells_numbers:
         return None
@@ -60,6 +65,8 @@ def make_tokenize(policy: FunctionalPolicy, *, is_mixture: bool) -> Callable[[Ba
         policy = with_own_names(policy)
 
     def tokenize(batch: Batch) -> Batch:
+        if is_plan and (blank := policy.preprocessor.blank_tokens(1)):
+            return {key: value for key, value in {**batch, **blank}.items() if key != TASK}
         told = policy.tokenize(batch if is_mixture else with_single_axes(policy, batch))
         return {key: batch.get(key, value) for key, value in told.items()}
 

@@ -12,6 +12,8 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
+from lerobot_jax.policies.rtc import RTCConfig
+from tests.policies import flow_policy
 
 ENV = EnvConfig(type="pusht", episode_length=12)
 
@@ -49,10 +51,16 @@ def policy() -> FunctionalPolicy:
 
 
 def run(
-    policy: FunctionalPolicy, folder: Path, batch_size: int, *, is_async: bool = False, videos: int = 0
+    policy: FunctionalPolicy,
+    folder: Path,
+    batch_size: int,
+    *,
+    is_async: bool = False,
+    videos: int = 0,
+    inference_delay: int = 0,
 ) -> dict:
     config = EvalConfig(5, batch_size, is_async, videos)
-    runner = policy.make_runner(config.num_envs, seed=0)
+    runner = policy.make_runner(config.num_envs, 0, inference_delay)
     info = evaluation.evaluate(runner, ENV, config, seed=100, output_dir=folder)
     assert info is not None
     return info
@@ -73,6 +81,39 @@ def test_results_do_not_depend_on_the_batch_size(policy: FunctionalPolicy, tmp_p
         assert found.keys() == expected.keys()
         for key, values in expected.items():  # the simulator's polygon areas vary by a rounding error
             np.testing.assert_allclose(found[key], values, rtol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("rtc", [None, RTCConfig(execution_horizon=4)])
+def test_delays_change_results_and_batch_sizes_do_not(rtc: RTCConfig | None, tmp_path: Path):
+    policy = flow_policy.make(256.0, 90.0, 5, rtc_config=rtc)
+    info = run(policy, tmp_path, 1, inference_delay=2)
+    assert info["overall"]["inference_delay"] == 2
+    expected = results(info)
+    for key, values in results(run(policy, tmp_path, 3, inference_delay=2)).items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-12, err_msg=key)
+    waiting = run(policy, tmp_path, 3)
+    assert waiting["overall"]["inference_delay"] == 0
+    assert results(waiting)["sum_rewards"] != expected["sum_rewards"]
+
+
+def test_policies_without_real_time_chunking_switch_late(policy: FunctionalPolicy, tmp_path: Path):
+    """ACT: with a delay of 1, actions 1 and 2 of each chunk of 4; the first one from its beginning."""
+    delayed = policy.make_runner(1, inference_delay=1)
+    rows = [
+        {key: np.full((1, *feature.shape), 100.0 + 10 * t, np.float32) for key, feature in KEYPOINTS.items()}
+        for t in range(5)
+    ]
+    actions = [delayed.select_action(row)[0] for row in rows]
+    chunks = [
+        policy.postprocess(
+            policy.sample_actions(
+                policy.params, policy.buffers, policy.preprocess(rows[t]), jax.random.key(0)
+            )
+        )[0]
+        for t in (0, 2)
+    ]
+    expected = [*chunks[0][:3], *chunks[1][1:3]]
+    np.testing.assert_allclose(actions, expected, rtol=1e-4)
 
 
 def test_eval_info_has_lerobots_fields(policy: FunctionalPolicy, tmp_path: Path):
@@ -177,6 +218,36 @@ def test_the_command(policy: FunctionalPolicy, tmp_path: Path):
     ):
         with pytest.raises(InputError, match=message):
             evaluation.main(arguments)
+
+
+def test_real_time_chunking_is_turned_on_by_a_setting(tmp_path: Path):
+    """Also where config.json has null."""
+    policy = flow_policy.make(256.0, 90.0, 5)
+    policy.save_pretrained(tmp_path / "policy")
+    assert json.loads((tmp_path / "policy/config.json").read_text())["rtc_config"] is None
+    path = f"--policy.path={tmp_path / 'policy'}"
+    delayed = [path, "--eval.inference_delay=2", "--eval.n_episodes=5", "--eval.max_episodes_rendered=0"]
+    sums = []
+    for name, more in (
+        ("naive", []),
+        ("on", ["--policy.rtc_config.execution_horizon=4"]),
+        ("vjp", ["--policy.rtc_config.execution_horizon=4", "--policy.rtc_config.guidance=vjp"]),
+        ("off", ["--policy.rtc_config.enabled=False"]),
+    ):
+        output = tmp_path / name
+        evaluation.main([*delayed, "--env.episode_length=12", "--seed=100", f"--output_dir={output}", *more])
+        sums.append(json.loads((output / "eval_info.json").read_text())["overall"]["avg_sum_reward"])
+    assert sums[0] == sums[3]
+    assert len(set(sums)) == 3
+    for wrong, message in (
+        (["--policy.rtc_config.max_guidance_weight=0"], "rtc_config.max_guidance_weight must be positive"),
+        (["--policy.rtc_config.prefix_attention_schedule=LINEAL"], "invalid choice 'LINEAL'"),
+        (["--policy.rtc_config.horizon=4"], "Unrecognized options: --policy.rtc_config.horizon=4"),
+        (["--eval.inference_delay=5"], "inference_delay=5 is more than half of the 8 actions"),
+        (["--eval.inference_delay=-1"], "eval.inference_delay must not be negative"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluation.main([path, *wrong])
 
 
 def test_wilson_interval():

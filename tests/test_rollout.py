@@ -9,11 +9,13 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
 from lerobot_jax.policies.diffusion import DiffusionConfig
+from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors import ActionTarget, default_pipelines
 from lerobot_jax.processors.actions import Representation
 from lerobot_jax.processors.steps import RenameObservations
 from lerobot_jax.processors.text import TokenizeTask
 from lerobot_jax.rollout import ActionQueue, TemporalEnsembler
+from tests.policies import flow_policy
 
 TOKENIZERS = Path(__file__).parent / "processors/golden/tokenizers"
 
@@ -223,3 +225,54 @@ def test_ensembling_averages_absolute_actions(
     predicted = [1.0, 2, 3, 4] if representation == "relative" else [1.0, 1, 1, 1]
     actions = roll(moving, monkeypatch, predicted)
     np.testing.assert_allclose(actions, np.arange(1, 8)[:, None] + [[0, 100]], rtol=1e-6)
+
+
+def states(num: int, t: int) -> dict[str, np.ndarray]:
+    return {"observation.state": np.random.default_rng(t).normal(size=(num, 2)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("guidance", ["lerobot", "vjp", "trained"])
+def test_chunks_are_predicted_along_what_is_left_of_the_old_one(guidance):
+    """Chunk by chunk as LeRobot's engine would, whose delay is 2 steps and which asks when 4 actions are left."""
+    rtc = RTCConfig(guidance=guidance, execution_horizon=3)
+    policy = flow_policy.make(mean=1.0, std=2.0, rtc_config=rtc)
+    runner = policy.make_runner(2, seed=5, inference_delay=2)
+    rows = [states(2, t) for t in range(14)]
+    actions = np.stack([runner.select_action(row)[1] for row in rows])
+
+    def predict(t: int, **old) -> tuple[jax.Array, np.ndarray]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), t)
+        now = policy.preprocess({key: value[1:] for key, value in rows[t].items()})
+        chunk = policy.sample_actions(policy.params, policy.buffers, now, key, **old)
+        return chunk, np.asarray(policy.postprocess(chunk))[0]
+
+    first, executed = predict(0)
+    np.testing.assert_allclose(actions[:6], executed[:6], rtol=1e-5, atol=1e-5)
+    second, executed = predict(4, prev_chunk_left_over=first[:, 4:], inference_delay=2)
+    np.testing.assert_allclose(actions[6:10], executed[2:6], rtol=1e-5, atol=1e-5)
+    _, executed = predict(8, prev_chunk_left_over=second[:, 4:], inference_delay=2)
+    np.testing.assert_allclose(actions[10:], executed[2:6], rtol=1e-5, atol=1e-5)
+    assert runner._predict._cache_size() == 1  # pyright: ignore
+    free = flow_policy.make(mean=1.0, std=2.0).make_runner(2, seed=5, inference_delay=2)
+    others = np.stack([free.select_action(row)[1] for row in rows])
+    np.testing.assert_allclose(actions[:6], others[:6], rtol=1e-5, atol=1e-5)
+    assert np.abs(actions[6:] - others[6:]).max() > 0.1
+
+
+@pytest.mark.parametrize("representation", ["absolute", "relative", "delta"])
+def test_the_old_chunk_is_seen_from_the_new_state(
+    monkeypatch: pytest.MonkeyPatch, representation: Representation
+):
+    """A policy that repeats what it is told of the old chunk goes on to the same places, wherever it is by then."""
+    target = ActionTarget(representation)
+    policy = flow_policy.make(1.0, 2.0, rtc_config=RTCConfig(), action_target=target)
+
+    def repeat(*_, prev_chunk_left_over, execution_horizon, inference_delay):
+        first = jax.numpy.arange(16.0).reshape(1, 8, 2)
+        return jax.numpy.where(execution_horizon == 0, first, prev_chunk_left_over)
+
+    monkeypatch.setattr(FunctionalPolicy, "sample_actions", repeat)
+    runner = policy.make_runner(1)
+    actions = np.concatenate([runner.select_action(states(1, t)) for t in range(8)])
+    expected = policy.postprocess(jax.numpy.arange(16.0).reshape(1, 8, 2), states(1, 0))[0]
+    np.testing.assert_allclose(actions, expected, rtol=1e-4, atol=1e-4)

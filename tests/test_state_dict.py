@@ -55,6 +55,15 @@ def test_arrays_are_computed_one_after_the_other(tmp_path: Path):
     assert len(state_dict.read(tmp_path / "x.safetensors")) == 60
 
 
+def test_asking_for_a_name_reads_nothing():
+    def refuse() -> np.ndarray:
+        raise AssertionError("read")
+
+    state = StateDict({"a": Tensor((1,), np.dtype(np.float32), refuse)})
+    assert "a" in state
+    assert "b" not in state
+
+
 def write_shards(folder: Path) -> dict[str, np.ndarray]:
     arrays = {
         "a": np.arange(4, dtype=np.float32),

@@ -46,12 +46,13 @@ def write(results: Results, *, has_video: bool) -> str:
     pictures = "![successes, differences, latency and every episode](compare.png)"
     if has_video:
         pictures += "\n\nThe first episodes side by side: [compare.mp4](compare.mp4)"
-    last_seed = results["seed"] + num - 1
+    last_seed, delay = results["seed"] + num - 1, results["inference_delay"]
+    waiting = f", inference delay {delay} steps" if delay else ""
     sections = [
         f"# {', '.join(names[:-1])} or {names[-1]}?",
         "\n".join(f"- {sentence}" for sentence in results["conclusion"]),
         pictures,
-        f"## {num} episodes of {env['task']} (seeds {results['seed']} to {last_seed})",
+        f"## {num} episodes of {env['task']} (seeds {results['seed']} to {last_seed}{waiting})",
         _policies_table(results),
         "## Pair by pair",
         _pairs_table(results),

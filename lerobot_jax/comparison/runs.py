@@ -21,6 +21,7 @@ from lerobot_jax.eval import check_environment
 from lerobot_jax.files import read_json
 from lerobot_jax.metrics import METRICS_NAME, read_metrics
 from lerobot_jax.policies.base import FunctionalPolicy, find_policy, load_config, load_policy
+from lerobot_jax.rtc_queue import check_delay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ def make_names(runs: Sequence[str], checkpoints: Sequence[Checkpoint]) -> list[s
     ]
 
 
-def check_contestants(contestants: Sequence[Contestant], env: EnvConfig) -> None:
-    """Raise `InputError` unless all policies act alike and suit the environment."""
+def check_contestants(contestants: Sequence[Contestant], env: EnvConfig, inference_delay: int = 0) -> None:
+    """Raise `InputError` unless all policies act alike, suit the environment and can act with the delay."""
     configs = [load_config(contestant.checkpoint.folder) for contestant in contestants]
     first, shape = contestants[0], configs[0].action_feature.shape
     for contestant, config in zip(contestants, configs, strict=True):
@@ -132,6 +133,7 @@ def check_contestants(contestants: Sequence[Contestant], env: EnvConfig) -> None
             raise InputError(f"{contestant.name} was made for env.type={trained_in}, not for {env.type}")
         try:
             check_environment(config, env)
+            check_delay(config, inference_delay)
         except InputError as error:
             raise InputError(f"{contestant.name}: {error}") from None
 

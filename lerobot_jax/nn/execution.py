@@ -37,12 +37,14 @@ class Execution:
         min_shard_size: arrays with fewer numbers (in a stack: in a layer) are whole on every device.
         remat: what the backward pass computes again in each block of layers instead of keeping it; None: in stacks
             all but the blocks' inputs, elsewhere nothing.
+        changed: what to make of each weight before layers compute with it; in stacks, of a layer's in its turn.
     """
 
     mesh: Mesh | None = None
     tensor_axes: tuple[TensorAxis, ...] = ()
     min_shard_size: int = 0
     remat: Remat | None = None
+    changed: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Give the function that is traced with this in use."""

@@ -30,8 +30,8 @@ def embed_time(
     """Give sines, then cosines, of a time at periods from `min_period` to `max_period`, evenly in logarithm.
 
     With periods of thousandths, a phase has hundreds of turns, of which float32 would lose the fourth digit.
-    LeRobot computes in float64 (`create_sinusoidal_pos_embedding`); here, times and frequencies are taken apart into
-    pieces whose products are exact, and whole turns are dropped from each product.
+    LeRobot computes in float64 (`create_sinusoidal_pos_embedding`); here, times and frequencies are taken apart
+    into pieces whose products are exact, and whole turns are dropped from each product.
     """
     fractions = np.linspace(0.0, 1.0, features // 2)
     frequencies = 1 / (min_period * (max_period / min_period) ** fractions)  # in turns

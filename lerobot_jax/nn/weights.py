@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lerobot_jax.nn import execution
+from lerobot_jax.nn.linear import WholeEmbedding
 
 Path = tuple[Any, ...]  # names and list positions from a module down to an array
 
@@ -104,6 +105,16 @@ def cast_types(module: nnx.Module) -> dict[Path, Any]:
     return found
 
 
+def cast_paths(module: nnx.Module) -> frozenset[Path]:
+    """Give the paths of the weights that layers cast before use, so that these may be kept in a narrower type."""
+    tables = {
+        (*path, LOOKED_UP)
+        for path, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Embed) and not isinstance(layer, WholeEmbedding)
+    }
+    return frozenset(cast_types(module)) | tables
+
+
 def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 
@@ -119,8 +130,14 @@ def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
     """
     made = {}
     flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
+    changed = execution.current().changed
     for path, weight in flat.items():
-        if is_stacked(".".join(map(str, path))) or (path[-1] == LOOKED_UP and not is_adapted(weight)):
+        if is_stacked(".".join(map(str, path))):
+            made[path] = weight
+            continue
+        if changed is not None and weight is not empty_node:
+            weight = jax.tree.map(changed, weight)
+        if path[-1] == LOOKED_UP and not is_adapted(weight):
             made[path] = weight
         elif is_adapted(weight):
             parts = {key: _gathered((*path, key), x) for key, x in vars(weight).items() if x is not None}

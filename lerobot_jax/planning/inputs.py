@@ -18,7 +18,9 @@ from lerobot_jax.data.samples import Batch
 from lerobot_jax.data.streaming import open_stream
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType, PolicyFeature
+from lerobot_jax.policies import base
 from lerobot_jax.policies.base import FunctionalPolicy
+from lerobot_jax.policy_weights import PolicyWeights
 from lerobot_jax.training_data import Source
 
 FPS = 10  # of datasets that cannot be reached: it changes no shape
@@ -33,6 +35,12 @@ def describe_run(config: TrainConfig) -> tuple[list[Source], list[FunctionalPoli
     """
     sources = training_data.describe_sources(config, lambda source: _find(config, source))
     return sources, training_data.build_policies(config, sources)
+
+
+def weights_at_hand(policy: FunctionalPolicy) -> PolicyWeights | None:
+    """Open the weights that training would start from, if they are on this machine."""
+    path = policy.config.pretrained_path
+    return base.open_policy(Path(path), policy.config)[1] if path and Path(path).is_dir() else None
 
 
 def batch_shapes(

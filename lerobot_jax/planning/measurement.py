@@ -48,6 +48,7 @@ class Measurer:
     def __init__(self, config: TrainConfig, topology: Topology):
         self.config, self.topology = config, topology
         self.sources, self.policies = inputs.describe_run(config)
+        self.pretrained = inputs.weights_at_hand(self.policies[0])
         self.mesh = sharding.make_mesh(config.mesh, devices_of(topology))
 
     def measure(self, batch_size: int) -> dict[str, Any]:
@@ -93,7 +94,8 @@ class Measurer:
         }
 
     def _program(self, config: TrainConfig) -> Program:
-        return Program(config, self.policies, [source.name for source in self.sources], self.mesh)
+        names = [source.name for source in self.sources]
+        return Program(config, self.policies, names, self.mesh, self.pretrained)
 
     def _compile(self, lowered: Any, program: Program, batch: Any) -> dict[str, Any]:
         try:

@@ -23,7 +23,6 @@ from lerobot_jax import (
     adapter_folder,
     certificate,
     hub,
-    lora,
     migration,
     processors,
     rollout,
@@ -37,6 +36,7 @@ from lerobot_jax.nn.variables import Buffer, Progress
 from lerobot_jax.nn.weights import cast_types, ready
 from lerobot_jax.policies.config import CONFIG_NAME, PolicyConfig, read_config
 from lerobot_jax.policies.registry import config_class, policy_class
+from lerobot_jax.policy_weights import PolicyWeights
 from lerobot_jax.state_dict import MODEL_NAME, StateDict
 
 Batch = dict[str, Any]
@@ -126,9 +126,9 @@ class FunctionalPolicy:
         return loss, (metrics, nnx.to_pure_dict(nnx.state(module, Buffer)))
 
     def sample_actions(
-        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Array
+        self, params: Tree, buffers: Tree, batch: Batch, key: PRNGKeyArray, **draws: Any
     ) -> Float[Array, "b chunk act"]:
-        """Give a chunk of normalized actions for preprocessed observations."""
+        """Give a chunk of normalized actions for preprocessed observations, and what else the policy takes."""
         module = self._merge(params, buffers)
         return module.sample_actions(batch, key=key, **draws)
 
@@ -180,9 +180,9 @@ class FunctionalPolicy:
         state = {key: inside[key] for key in (OBS_STATE,) if key in inside}
         return self.postprocessor({ACTION: actions, **state})[ACTION]
 
-    def make_runner(self, batch_size: int = 1, seed: int = 0) -> rollout.Runner:
-        """Give an object that turns a stream of observations into actions: queue, history, ensembling."""
-        return rollout.Runner(self, batch_size, seed)
+    def make_runner(self, batch_size: int = 1, seed: int = 0, inference_delay: int = 0) -> rollout.Runner:
+        """Give an object that turns a stream of observations into actions: queue, history, ensembling, RTC."""
+        return rollout.Runner(self, batch_size, seed, inference_delay)
 
     def replace(self, **changes: Any) -> "FunctionalPolicy":
         return dataclasses.replace(self, **changes)
@@ -211,18 +211,22 @@ class FunctionalPolicy:
         """The paths of the buffers that change once an optimizer step, however many forward passes it takes."""
         return set(flatten_dict(nnx.to_pure_dict(nnx.state(self.module, Progress))))
 
-    def save_pretrained(self, folder: Path, certified: Mapping[str, np.ndarray] | None = None) -> None:
+    def save_pretrained(
+        self, folder: Path, certified: Mapping[str, np.ndarray] | None = None, *, widen: bool = False
+    ) -> None:
         """Write the folder that stock LeRobot loads: config.json, model.safetensors, processors; and a certificate.
 
         Args:
             folder: where to.
             certified: what a `certificate.Certifier` gave for these weights, if that is known already.
+            widen: whether weights that are in bfloat16 are written in float32.
         """
         if certified is None:
             certified = Certifier(self).act(self.params, self.buffers)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.exported().save(folder)
-        state_dict.write(torch_state.to_torch(self.module, self.params, self.buffers), folder / MODEL_NAME)
+        state = torch_state.to_torch(self.module, self.params, self.buffers, widen=widen)
+        state_dict.write(state, folder / MODEL_NAME)
         self.save_processors(folder)
         certificate.write(folder, certified)
 
@@ -351,32 +355,41 @@ def load_policy(
     if check_certificate:
         certificate.check_files(folder)
     if saved_config.use_peft:
-        return _load_adapted(folder, config or saved_config, merge=merge_adapters)
-    policy, weights = _read_folder(folder, config or saved_config)
-    params, buffers = torch_state.from_torch(policy.module, weights)
+        check_certificate = False  # of the policy that it is about, the adapters change the actions
+    policy, weights = open_policy(folder, config or saved_config)
+    params, buffers = weights.read(merge_adapters=merge_adapters)
     policy = policy.replace(params=params, buffers=buffers)
     if check_certificate and config in (None, saved_config):
         certificate.check_actions(policy, folder)
     return policy
 
 
-def _load_adapted(folder: Path, config: PolicyConfig, *, merge: bool) -> FunctionalPolicy:
-    """Load the policy that the adapters in a folder change, with that folder's settings and processors."""
+def open_policy(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, PolicyWeights]:
+    """Open a policy's folder: the policy without its arrays, and what they will be read from.
+
+    Args:
+        folder: what `find_policy` gave.
+        config: its settings.
+
+    Raises:
+        InputError: naming what is missing or does not fit.
+    """
+    if not load_config(folder).use_peft:
+        policy, state = _open_folder(folder, config)
+        return policy, PolicyWeights(policy.module, state)
     config = dataclasses.replace(config, use_peft=False)  # once loaded, it is a policy like any other
     policy = _assemble(folder, config, *processors.load_pipelines(folder))
     adapters = adapter_folder.read(folder, policy.module)
     base, revision = adapters.settings["base_model_name_or_path"], adapters.settings.get("revision")
     try:
-        weights = _read_weights(find_policy(base, revision), config)
+        state = _open_weights(find_policy(base, revision), config)
     except InputError as error:
         raise InputError(f"{folder} has adapters on the policy {base}: {error}") from None
-    weights = StateDict(weights.tensors | adapters.whole.tensors, weights.metadata, weights.source)
-    params, buffers = torch_state.from_torch(policy.module, weights)
-    params = lora.with_factors(adapters.factors, params)
-    return policy.replace(params=lora.merged(params) if merge else params, buffers=buffers)
+    state = StateDict(state.tensors | adapters.whole.tensors, state.metadata, state.source)
+    return policy, PolicyWeights(policy.module, state, adapters)
 
 
-def _read_weights(folder: Path, config: PolicyConfig) -> StateDict:
+def _open_weights(folder: Path, config: PolicyConfig) -> StateDict:
     return migration.migrate(folder, config)[-1] if migration.is_old(folder) else state_dict.read(folder)
 
 
@@ -385,7 +398,7 @@ def load_structure(folder: Path) -> FunctionalPolicy:
     return _assemble(folder, load_config(folder), *processors.load_pipelines(folder))
 
 
-def _read_folder(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, StateDict]:
+def _open_folder(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, StateDict]:
     if migration.is_old(folder):
         config, pre, post, weights = migration.migrate(folder, config)
         return _assemble(folder, config, pre, post), weights

@@ -25,7 +25,6 @@ from lerobot_jax.features import (
 )
 from lerobot_jax.files import read_json, write_json
 from lerobot_jax.nn.execution import TensorAxis
-from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget, RelativeActions
 from lerobot_jax.processors.text import TextStep
 from lerobot_jax.settings import check_settings
@@ -249,13 +248,18 @@ class PolicyConfig(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Give the content of LeRobot's config.json: all fields that LeRobot has."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_in_lerobot(f)}
-        return {"type": self.type} | {name: _to_json(value) for name, value in fields.items()}
+        return {"type": self.type} | _to_json(self)
 
     def own_settings(self) -> dict[str, Any]:
-        """Give the fields that LeRobot does not have, for train_config.json."""
+        """Give the fields that LeRobot does not have, or not all of, for train_config.json."""
         data: dict[str, Any] = dataclasses.asdict(self)
-        return {f.name: data[f.name] for f in dataclasses.fields(self) if not _is_in_lerobot(f)}
+        return {f.name: data[f.name] for f in dataclasses.fields(self) if not self._is_lerobots(f)}
+
+    def _is_lerobots(self, field: dataclasses.Field) -> bool:
+        """Tell whether LeRobot has a field, and all that is in it."""
+        value = getattr(self, field.name)
+        parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        return all(map(_is_in_lerobot, (field, *parts)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = CONFIG_NAME) -> "PolicyConfig":
@@ -267,7 +271,11 @@ class PolicyConfig(abc.ABC):
         hints = typing.get_type_hints(cls)
         types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
         try:
-            values = {name: _from_json(name, value) for name, value in data.items() if name != "type"}
+            values = {
+                name: _from_json(name, value, types.get(name))
+                for name, value in data.items()
+                if name != "type"
+            }
             check_settings(values, types)
             return cls(**values)
         except ValueError as error:
@@ -323,7 +331,8 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _from_json(name: str, value: Any) -> Any:
+def _from_json(name: str, value: Any, wanted: Any = None) -> Any:
+    """Undo `_to_json` for a setting whose type is wanted."""
     kinds = {"input_features": PolicyFeature.from_dict, "output_features": PolicyFeature.from_dict}
     kind = {**kinds, "normalization_mapping": NormalizationMode}.get(name)
     if kind is not None:
@@ -333,7 +342,13 @@ def _from_json(name: str, value: Any) -> Any:
             raise ValueError(f"{name} is {value!r}: {error}") from None
     if isinstance(value, list):
         return tuple(_from_json("", item) for item in value)
-    nested = {"action_target": ActionTarget, "rtc_config": RTCConfig}.get(name)
-    if nested is not None and isinstance(value, Mapping):
-        return nested(**{key: _from_json("", item) for key, item in value.items()})
+    part = next((each for each in (wanted, *typing.get_args(wanted)) if dataclasses.is_dataclass(each)), None)
+    if part is not None and isinstance(value, Mapping):
+        hints = typing.get_type_hints(part)
+        values = {key: _from_json("", item, hints.get(key)) for key, item in value.items()}
+        try:
+            check_settings(values, hints)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        return typing.cast(type, part)(**values)
     return value

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lerobot_jax.policies.action_prefix import times_of_actions, with_prefix
+
 Schedule = Literal["ZEROS", "ONES", "LINEAR", "EXP"]
+Count = int | Int[Array, ""]
 Denoise = Callable[[Float[Array, "b chunk act"]], Float[Array, "b chunk act"]]
-# The time is that of each sample, or of each action where a prefix is given.
 DenoiseAt = Callable[[Float[Array, "b chunk act"], Float[Array, "b *chunk"]], Float[Array, "b chunk act"]]
 
 
@@ -63,8 +65,8 @@ class RTCConfig:
 
 def prefix_weights(
     schedule: Schedule,
-    inference_delay: int | Int[Array, ""],
-    execution_horizon: int | Int[Array, ""],
+    inference_delay: Count,
+    execution_horizon: Count,
     total: int,
 ) -> Float[Array, " chunk"]:
     """Give the weight of each old action: 1 within the delay, 0 from the horizon on, falling between.
@@ -103,8 +105,8 @@ def guided_velocity(
     x_t: Float[Array, "b chunk act"],
     time: float | Float[Array, ""],
     prev_chunk_left_over: Float[Array, "b left some"],
-    inference_delay: int | Int[Array, ""],
-    execution_horizon: int | Int[Array, ""],
+    inference_delay: Count,
+    execution_horizon: Count,
     weight: np.float32 | Float[Array, ""] | None = None,
 ) -> Float[Array, "b chunk act"]:
     """Give the velocity that leads to actions near those left over from the chunk before.
@@ -122,15 +124,8 @@ def guided_velocity(
         execution_horizon: how many of them count; 0: no guidance.
         weight: the `guidance_weight` of this time, needed if the time is traced.
     """
-    steps, dims = prev_chunk_left_over.shape[1:]
-    missing = (x_t.shape[1] - steps, x_t.shape[2] - dims)
-    if min(missing) < 0:
-        raise ValueError(f"prev_chunk_left_over has {steps} x {dims} actions, a chunk has {x_t.shape[1:]}")
-    old = jnp.pad(prev_chunk_left_over, ((0, 0), (0, missing[0]), (0, missing[1])))
-    horizon = jnp.minimum(execution_horizon, steps)
-    weights = prefix_weights(config.prefix_attention_schedule, inference_delay, horizon, x_t.shape[1])[
-        :, None
-    ]
+    old, horizon = _as_chunk(prev_chunk_left_over, x_t.shape, execution_horizon)
+    weights = prefix_weights(config.prefix_attention_schedule, inference_delay, horizon, x_t.shape[1])
     if weight is None:
         weight = guidance_weight(config.max_guidance_weight, float(time))
 
@@ -140,10 +135,10 @@ def guided_velocity(
 
     if config.guidance == "vjp":
         actions, pull_back, velocity = jax.vjp(clean_actions, x_t, has_aux=True)
-        (correction,) = pull_back((old - actions) * weights)
+        (correction,) = pull_back((old - actions) * weights[None, :, None])
     else:
         actions, velocity = clean_actions(x_t)
-        correction = (old - actions) * weights
+        correction = (old - actions) * weights[None, :, None]
     return velocity - weight * correction
 
 
@@ -154,15 +149,16 @@ def euler(
     *,
     config: RTCConfig | None = None,
     prev_chunk_left_over: Float[Array, "b left some"] | None = None,
-    inference_delay: int | Int[Array, ""] | None = None,
-    execution_horizon: int | Int[Array, ""] | None = None,
+    inference_delay: Count | None = None,
+    execution_horizon: Count | None = None,
 ) -> Float[Array, "b chunk act"]:
-    """Follow the velocity from noise (time 1) to actions (time 0), guided if there is an old chunk and RTC is on.
+    """Follow the velocity from noise (time 1) to actions (time 0), with RTC along the old chunk if there is one.
 
     Mirrors `euler_integrate`.
 
     Args:
-        denoise: gives the velocity for x_t and the time of each sample.
+        denoise: gives the velocity for x_t and the time of each sample (b,), or, with `guidance="trained"` and an
+            old chunk, of each action (b, chunk).
         noise: standard normal.
         num_steps: into how many steps the time is divided.
         config: RTC's settings; None: off.
@@ -171,25 +167,49 @@ def euler(
     """
     dt = -1.0 / num_steps
     times = [1.0 + step * dt for step in range(num_steps)]
+    inputs = jnp.asarray(times, jnp.float32)
     if config is None or not config.enabled or prev_chunk_left_over is None:
 
         def advance(x_t, time):
             return x_t + dt * denoise(x_t, jnp.broadcast_to(time, len(x_t))), None
 
-        return jax.lax.scan(advance, noise, jnp.asarray(times, jnp.float32))[0]
+        return jax.lax.scan(advance, noise, inputs)[0]
 
     if inference_delay is None:
         raise ValueError("prev_chunk_left_over needs inference_delay")
     old, delay = prev_chunk_left_over, inference_delay
     horizon = config.execution_horizon if execution_horizon is None else execution_horizon
+    if config.guidance == "trained":
+        old, horizon = _as_chunk(old, noise.shape, horizon)
+        delays = jnp.broadcast_to(jnp.minimum(delay, horizon), len(noise))
+
+        def advance_rest(x_t, time):
+            times = times_of_actions(jnp.broadcast_to(time, len(x_t)), delays, x_t.shape[1])
+            return with_prefix(old, x_t + dt * denoise(x_t, times), delays), None
+
+        return jax.lax.scan(advance_rest, with_prefix(old, noise, delays), inputs)[0]
+
     weights = [guidance_weight(config.max_guidance_weight, time) for time in times]
 
     def advance_guided(x_t, inputs):
         time, weight = inputs
         of_samples = jnp.broadcast_to(time, len(x_t))
-        return x_t + dt * guided_velocity(
+        velocity = guided_velocity(
             config, lambda x: denoise(x, of_samples), x_t, time, old, delay, horizon, weight
-        ), None
+        )
+        return x_t + dt * velocity, None
 
-    inputs = jnp.asarray(times, jnp.float32), jnp.asarray(weights, jnp.float32)
-    return jax.lax.scan(advance_guided, noise, inputs)[0]
+    return jax.lax.scan(advance_guided, noise, (inputs, jnp.asarray(weights, jnp.float32)))[0]
+
+
+def _as_chunk(
+    left_over: Float[Array, "b left some"], shape: tuple[int, ...], horizon: Count
+) -> tuple[Float[Array, "b chunk act"], Int[Array, ""]]:
+    """Fill what is left of a chunk up with zeros; give the horizon that leaves the added steps out."""
+    steps, dims = left_over.shape[1:]
+    if steps > shape[1] or dims > shape[2]:
+        raise ValueError(
+            f"prev_chunk_left_over has {steps} x {dims} actions, a chunk has {shape[1]} x {shape[2]}"
+        )
+    padding = (0, 0), (0, shape[1] - steps), (0, shape[2] - dims)
+    return jnp.pad(left_over, padding), jnp.minimum(horizon, steps)

@@ -35,6 +35,8 @@ from lerobot_jax.processors.normalize import (
 from lerobot_jax.processors.resize import CropResizeImages
 from lerobot_jax.processors.steps import AddBatchDimension, Batch, Device, RenameObservations, State, Step
 from lerobot_jax.processors.text import (
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
     Pi0FastStatePrompt,
     Pi0NewLine,
     Pi05StatePrompt,
@@ -120,6 +122,23 @@ class Pipeline:
         used_up = {step.task_key for step in self._text_steps if isinstance(step, TokenizeTask)}
         tokens = {key: small[key] for key in written if key in small}
         return {key: value for key, value in {**batch, **tokens}.items() if key not in used_up}
+
+    def blank_tokens(self, batch_size: int) -> Batch | None:
+        """Give tokens of nothing in the shapes that `tokenize` gives, without the tokenizer.
+
+        None if these depend on the texts.
+        """
+        blank: Batch = {}
+        for step in self._text_steps:
+            if isinstance(step, TokenizeTask):
+                if step.fixed_length is None:
+                    return None
+                shape = (batch_size, step.fixed_length)
+                blank |= {OBS_LANGUAGE_TOKENS: np.zeros(shape, np.int32)}
+                blank |= {OBS_LANGUAGE_ATTENTION_MASK: np.zeros(shape, np.bool_)}
+            elif isinstance(step, TokenizeActions):
+                return None
+        return blank
 
     @property
     def has_text(self) -> bool:

@@ -172,6 +172,11 @@ class TokenizeTask(TextStep):
     def missing_tokens(self, batch: Batch) -> list[str]:
         return [key for key in self.writes if key not in batch]
 
+    @property
+    def fixed_length(self) -> int | None:
+        """The number of tokens of every text; None where it depends on the texts."""
+        return self.max_length if self.padding == "max_length" else None
+
     @functools.cached_property
     def _tokenizer(self) -> TextTokenizer:
         if self.tokenizer_name is None:
