@@ -36,6 +36,25 @@ def _caches_of_their_own(tmp_path_factory) -> None:
     os.environ["LEROBOT_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the dataset of tests/runs.py."""
+    from tests.runs import record_tiny  # after the hook, which checks shapes
+
+    return record_tiny(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a whole run of the recipe of tests/runs.py; to be copied by who changes it."""
+    from lerobot_jax import train
+    from tests.runs import tiny_arguments
+
+    folder = tmp_path_factory.mktemp("tiny")
+    train.main(tiny_arguments(tiny_root, folder))
+    return folder / "run"
+
+
 @pytest.fixture
 def stand_ins(monkeypatch) -> None:
     """Let the models of the Hub's cache be small ones: tools/make_clip_golden.py."""

@@ -20,7 +20,7 @@ from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
 from tests.compiler import XLA_FLAGS
 from tests.data.recordings import record
-from tests.test_train import FEATURES, RECIPE, final_arrays
+from tests.runs import FEATURES, RECIPE, final_arrays
 
 LENGTHS = (9, 12, 8, 11)
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
