@@ -24,7 +24,7 @@ from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.training_text import make_tokenize
 from tests.data.recordings import FEATURES, record
 from tests.goldens import ROOT, Golden
-from tests.test_train import assert_same_run
+from tests.runs import assert_same_run
 from tests.toy_vla import SIDE, TOP, Config
 
 TOKENIZERS = Path(__file__).parent / "processors/golden/tokenizers"
