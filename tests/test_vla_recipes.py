@@ -17,6 +17,7 @@ from tests.data.recordings import FEATURES, record
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 CAMERAS = {"pi0_libero": ("image", "image2"), "pi05_so101": ("front", "wrist")}
 WIDTHS = {"pi0_libero": (8, 7), "pi05_so101": (6, 6)}  # of states and actions
 TOY = {
@@ -75,16 +76,18 @@ def _statistics(config: PolicyConfig) -> dict[str, dict[str, np.ndarray]]:
 )
 def test_a_recipe_fine_tunes_a_base_model(tmp_path: Path, recipe: str, variant: str):
     root = make_dataset(tmp_path / "data", recipe)
-    base = make_base(tmp_path / "base", recipe[: recipe.index("_")])
-    size = " ".join(
-        f"--config.policy.{name}={value}" for name, value in TOY.items() if name != "image_resolution"
-    )
+    kind = recipe[: recipe.index("_")]
+    base = make_base(tmp_path / "base", kind)
+    text = (CONFIGS / f"{recipe}.py").read_text()
+    assert f'"lerobot/{kind}_base"' in text
+    copy = tmp_path / f"{recipe}.py"
+    copy.write_text(text.replace(f"lerobot/{kind}_base", str(base)))
+    size = [f"--config.policy.{name}={value}" for name, value in TOY.items() if name != "image_resolution"]
     arguments = [
-        f"--config=configs/{recipe}.py:{variant}".removesuffix(":"),
-        *size.split(),
+        f"--config={copy}:{variant}".removesuffix(":"),
+        *size,
         "--config.policy.image_resolution=28",
         "28",
-        f"--config.policy.pretrained_path={base}",
         "--config.policy.tokenizer_max_length=60",
         "--config.dataset.repo_id=test/recorded",
         f"--config.dataset.root={root}",
