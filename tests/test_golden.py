@@ -118,7 +118,7 @@ OPTIMIZED = {"full_resnet18": {"xla_backend_optimization_level": 3}}
 @pytest.fixture(params=GOLDENS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def golden(request, monkeypatch) -> Iterator[Golden]:
     golden = Golden(request.param)
-    use_sizes(golden.meta["arch"], monkeypatch)
+    use_sizes(golden.meta.get("arch", {}), monkeypatch)
     yield golden
     base._module.cache_clear()
 

@@ -18,13 +18,16 @@ from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.state_dict import StateDict
-from tests.goldens import ROOT
+from tests.goldens import ROOT, Golden, use_sizes
 
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/*/model/model.safetensors"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: f"{p.parent.parent.name}-{p.parent.name}")
-def test_weights_survive_a_round_trip_bit_for_bit(folder: Path, tmp_path: Path):
+def test_weights_survive_a_round_trip_bit_for_bit(
+    folder: Path, tmp_path: Path, stand_ins: None, monkeypatch: pytest.MonkeyPatch
+):
+    use_sizes(Golden(folder.parent).meta.get("arch", {}), monkeypatch)
     load_policy(folder).save_pretrained(tmp_path)
     written, original = (safetensors.numpy.load_file(f / "model.safetensors") for f in (tmp_path, folder))
     assert set(written) == set(original)

@@ -82,6 +82,11 @@ class Policy(nnx.Module):
         return {}
 
     @classmethod
+    def with_todays_names(cls, config: Any, state: StateDict) -> StateDict:
+        """Give a checkpoint's arrays under the names that the policy has, where others are in use."""
+        return state
+
+    @classmethod
     def pretrained_parts(cls, config: Any) -> list[PretrainedPart]:
         """Name the parts of a new policy that start from weights of their own."""
         return []
@@ -390,7 +395,9 @@ def open_policy(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, P
 
 
 def _open_weights(folder: Path, config: PolicyConfig) -> StateDict:
-    return migration.migrate(folder, config)[-1] if migration.is_old(folder) else state_dict.read(folder)
+    is_old = migration.is_old(folder)
+    weights = migration.migrate(folder, config)[-1] if is_old else state_dict.read(folder)
+    return policy_class(config.type).with_todays_names(config, weights)
 
 
 def load_structure(folder: Path) -> FunctionalPolicy:
@@ -401,8 +408,9 @@ def load_structure(folder: Path) -> FunctionalPolicy:
 def _open_folder(folder: Path, config: PolicyConfig) -> tuple[FunctionalPolicy, StateDict]:
     if migration.is_old(folder):
         config, pre, post, weights = migration.migrate(folder, config)
-        return _assemble(folder, config, pre, post), weights
-    return _assemble(folder, config, *processors.load_pipelines(folder)), state_dict.read(folder)
+    else:
+        (pre, post), weights = processors.load_pipelines(folder), state_dict.read(folder)
+    return _assemble(folder, config, pre, post), policy_class(config.type).with_todays_names(config, weights)
 
 
 def _assemble(

@@ -23,9 +23,11 @@ from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaWithExpert
 from lerobot_jax.nn.time_embedding import embed_time
 from lerobot_jax.policies import action_prefix
 from lerobot_jax.policies.base import Batch, Metrics, Policy
+from lerobot_jax.policies.pi0.checkpoint_names import with_todays_names
 from lerobot_jax.policies.pi0.config import PI0Config
 from lerobot_jax.policies.rtc import euler
 from lerobot_jax.processors.text import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot_jax.state_dict import StateDict
 
 Prefix = tuple[Float[Array, "b p d"], Bool[Array, "b p"]]
 """Embeddings of images and prompt, and which of them are no padding."""
@@ -41,6 +43,10 @@ class PI0Policy(Policy):
     def __init__(self, config: PI0Config, *, rngs: nnx.Rngs):
         self.config = config
         self.model = PI0Model(config, rngs=rngs)
+
+    @classmethod
+    def with_todays_names(cls, config: PI0Config, state: StateDict) -> StateDict:
+        return with_todays_names(state, config.type)
 
     def loss(
         self,
