@@ -107,7 +107,13 @@ def test_a_recipe_fine_tunes_a_base_model(tmp_path: Path, recipe: str, variant: 
     assert np.isfinite(losses).all()
     folder = tmp_path / "run" / "checkpoints" / "last" / checkpoint.PRETRAINED_MODEL
     before, after = (flatten_dict(load_policy(path).params) for path in (base, folder))
-    changed = {".".join(map(str, path)) for path, x in after.items() if not np.array_equal(x, before[path])}
+    # Adapters lie on a base that is rounded to the layers' bfloat16.
+    rounding = 2**-8 if variant == "lora" else 0.0
+    changed = {
+        ".".join(map(str, path))
+        for path, x in after.items()
+        if not np.allclose(x, before[path], rtol=rounding, atol=0)
+    }
     assert any("gemma_expert" in name for name in changed)
     assert any("action_in_proj" in name for name in changed)
     assert not any("lm_head" in name for name in changed)
