@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # most of the tests' time is the compiler's: this halves it
+from tests.compiler import XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", XLA_FLAGS]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
@@ -34,6 +34,25 @@ def _caches_of_their_own(tmp_path_factory) -> None:
     """Keep tests away from the user's datasets and caches."""
     os.environ["HF_LEROBOT_HOME"] = str(tmp_path_factory.mktemp("lerobot_home"))
     os.environ["LEROBOT_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the dataset of tests/runs.py."""
+    from tests.runs import record_tiny  # after the hook, which checks shapes
+
+    return record_tiny(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a whole run of the recipe of tests/runs.py; to be copied by who changes it."""
+    from lerobot_jax import train
+    from tests.runs import tiny_arguments
+
+    folder = tmp_path_factory.mktemp("tiny")
+    train.main(tiny_arguments(tiny_root, folder))
+    return folder / "run"
 
 
 @pytest.fixture

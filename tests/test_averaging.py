@@ -17,7 +17,7 @@ from lerobot_jax.files import read_json, write_json
 from lerobot_jax.optim_config import EMAConfig, SWAConfig
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
-from tests.test_train import FEATURES, RECIPE, assert_same_run
+from tests.runs import FEATURES, RECIPE, assert_same_run
 
 # What diffusers and PyTorch gave: tools/make_optimizer_golden.py
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "optimizers.npz"))

@@ -10,8 +10,8 @@ import pytest
 from lerobot_jax import checkpoint, sharding, train
 from lerobot_jax.metrics import read_metrics
 from tests.data.recordings import record
+from tests.runs import FEATURES, RECIPE, assert_same_run, final_arrays
 from tests.test_processes import Run
-from tests.test_train import FEATURES, RECIPE, assert_same_run, final_arrays
 from tests.test_weighted_training import write_progress
 
 PUSHT = {"observation.environment_state": 16, "observation.state": 2, "action": 2}

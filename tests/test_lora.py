@@ -41,8 +41,8 @@ from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_polic
 from lerobot_jax.policies.config import ParamGroup
 from tests.data.recordings import record
 from tests.goldens import ROOT, Golden
+from tests.runs import FEATURES, RECIPE, assert_same_run, final_arrays
 from tests.test_golden import draws, initial_weights
-from tests.test_train import FEATURES, RECIPE, assert_same_run, final_arrays
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 

@@ -17,7 +17,7 @@ from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
-from tests.test_train import FEATURES, assert_same_run
+from tests.runs import FEATURES, assert_same_run
 
 RECIPE = """
 from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig

@@ -20,7 +20,7 @@ from lerobot_jax.optim_config import OptimizerConfig
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.vqbet import VQBeTConfig
 from tests.data.recordings import record
-from tests.test_train import FEATURES, RECIPE, assert_same_run
+from tests.runs import FEATURES, RECIPE, assert_same_run
 
 # What PyTorch gave: tools/make_optimizer_golden.py
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "optimizers.npz"))

@@ -18,8 +18,9 @@ from lerobot_jax.distributed import Address, find_address
 from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
+from tests.compiler import XLA_FLAGS
 from tests.data.recordings import record
-from tests.test_train import FEATURES, RECIPE, final_arrays
+from tests.runs import FEATURES, RECIPE, final_arrays
 from tests.test_training_text import RECIPE as TOLD_RECIPE
 from tests.test_training_text import TOKENIZERS
 
@@ -46,7 +47,7 @@ class Run:
             address = f"localhost:{probe.getsockname()[1]}"
         # Only the first process keeps compiled programs, and the keys of the others' are other ones.
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
             "PYTHONUNBUFFERED": "1",
         }
         if num > 1:

@@ -37,8 +37,8 @@ from lerobot_jax.recipe import rebuild_config, write_recipe
 from lerobot_jax.transforms import ImageTransformConfig, ImageTransformsConfig
 from tests.data.recordings import record
 from tests.fake_hub import FakeHub, Repository, connected
+from tests.runs import FEATURES, RECIPE
 from tests.test_hub import fetched, tiny_files, tiny_policy, weights
-from tests.test_train import FEATURES, RECIPE
 
 # What huggingface_hub's own uploads warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -26,7 +26,7 @@ from lerobot_jax.sharding import batch_sharding, make_mesh
 from lerobot_jax.train_step import make_loss, make_train_step
 from lerobot_jax.transforms import ImageTransformConfig, ImageTransformsConfig
 from tests.data.recordings import record
-from tests.test_train import (
+from tests.runs import (
     FEATURES,
     RECIPE,
     assert_same_run,

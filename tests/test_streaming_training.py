@@ -15,8 +15,8 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.policies.base import load_policy
 from tests.data.recordings import record
-from tests.test_train import FEATURES as STATE_FEATURES
-from tests.test_train import RECIPE, assert_same_run
+from tests.runs import FEATURES as STATE_FEATURES
+from tests.runs import RECIPE, assert_same_run
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,5 +1,6 @@
 """Training with prompts that tell the state of the sample."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,25 @@ from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig
 from lerobot_jax.data.dataset import LeRobotDataset
 from lerobot_jax.data.samples import DeviceRows
 from lerobot_jax.data.streaming import StreamedSamples
+from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.metrics import read_metrics
 from lerobot_jax.planning.inputs import batch_shapes
-from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
+from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy, make_policy
 from lerobot_jax.processors import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, load_pipelines
 from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.training_text import make_tokenize
 from tests.data.recordings import FEATURES, record
 from tests.goldens import ROOT, Golden
-from tests.test_train import assert_same_run
+from tests.runs import assert_same_run
 from tests.toy_vla import SIDE, TOP, Config
 
 TOKENIZERS = Path(__file__).parent / "processors/golden/tokenizers"
 LENGTHS = (9, 12, 8, 11)
-STATE = "observation.state"
+STATE, JOINT = "observation.state", "observation.joint"
 TOKENS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 RECIPE = """
 from lerobot_jax.config import DatasetConfig, TrainConfig
-from tests.toy_vla import SIDE, TOP, Config
+from tests.toy_vla import Config
 
 def get_config(variant=""):
     return TrainConfig(
@@ -57,12 +59,12 @@ def root(tmp_path_factory) -> Path:
 def other(tmp_path_factory) -> Path:
     """Another robot: one joint, under another name, and another camera of the same size."""
     features = {key: FEATURES[key] for key in ("action",)}
-    features |= {"observation.joint": {"dtype": "float32", "shape": (1,), "names": None}, SIDE: FEATURES[TOP]}
+    features |= {JOINT: {"dtype": "float32", "shape": (1,), "names": None}, SIDE: FEATURES[TOP]}
     return record(tmp_path_factory.mktemp("data") / "two", LENGTHS, features, tasks=("stack", "sort")).root
 
 
 def two(root: Path, other: Path) -> DatasetConfig:
-    narrow = SourceConfig("test/two", root=str(other), rename_map={"observation.joint": STATE})
+    narrow = SourceConfig("test/two", root=str(other), rename_map={JOINT: STATE})
     return DatasetConfig(mixture=(SourceConfig("test/one", root=str(root)), narrow), eval_split=0.3)
 
 
@@ -144,6 +146,29 @@ def test_each_sample_comes_with_the_prompt_that_tells_its_state(root: Path, mode
         samples.close()
 
 
+@pytest.mark.parametrize("mode", ["decode", "device"])
+def test_a_single_joint_under_another_name_is_told_too(other: Path, mode: str, tmp_path: Path):
+    """LeRobot's datasets give single numbers without an axis."""
+    joint = PolicyFeature(FeatureType.STATE, (1,))
+    settings = dataclasses.replace(
+        Config.tiny(), input_features={**Config.tiny().input_features, STATE: joint}
+    )
+    stats = {key: {"q01": np.full(n, -1.0), "q99": np.ones(n)} for key, n in ((STATE, 1), ("action", 2))}
+    policy = make_policy(settings, stats)
+    params, buffers = policy.init(jax.random.key(0))
+    policy.replace(params=params, buffers=buffers).save_pretrained(tmp_path / "policy")
+    settings = dataclasses.replace(settings, pretrained_path=str(tmp_path / "policy"))
+    dataset = DatasetConfig("test/two", root=str(other), frame_mode=mode)
+    config = TrainConfig(policy=settings, dataset=dataset, rename_map={JOINT: STATE})
+    sources, policies, samples = opened(config, 16)
+    batch = samples.read(np.arange(16))
+    assert batch[JOINT].shape == (16,)
+    column = sources[0].dataset.columns[JOINT]
+    rows = np.array([np.flatnonzero(column == number)[0] for number in np.asarray(batch[JOINT])])
+    assert_tokens(batch, told(policies[0], sources[0].dataset, rows))
+    assert train_step.make_preprocess(policies, is_mixture=False)(batch)[STATE].shape == (16, 1)
+
+
 def test_in_a_mixture_each_prompt_has_the_statistics_of_its_dataset(root: Path, other: Path, caplog):
     config = TrainConfig(policy=Config(empty_cameras=1), dataset=two(root, other), batch_size=32)
     sources, policies, samples = opened(config)
@@ -158,9 +183,7 @@ def test_in_a_mixture_each_prompt_has_the_statistics_of_its_dataset(root: Path, 
     held_out = training_data.held_out_batches(config, sources, policies, samples, placed)
     for each in [batch, *(next(iter(batches))[1] for batches in held_out.values())]:
         assert "observation.images.empty_camera_0" not in each
-        for i, (source, key, here) in enumerate(
-            zip(sources, (STATE, "observation.joint"), (TOP, SIDE), strict=True)
-        ):
+        for i, (source, key, here) in enumerate(zip(sources, (STATE, JOINT), (TOP, SIDE), strict=True)):
             chosen = each["dataset_index"] == i
             for camera in (TOP, SIDE):
                 np.testing.assert_array_equal(each[f"{camera}_is_pad"][chosen], camera != here)

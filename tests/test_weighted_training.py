@@ -24,7 +24,7 @@ from lerobot_jax.recipe import rebuild_config, write_recipe
 from lerobot_jax.seeds import SeedLayout
 from lerobot_jax.train_step import make_loss, weighted_mean
 from tests.data.recordings import record
-from tests.test_train import FEATURES, RECIPE, assert_same_run
+from tests.runs import FEATURES, RECIPE, assert_same_run
 
 WEIGHTED = "--config.sample_weighting.type=rabc"
 

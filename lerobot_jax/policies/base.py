@@ -91,7 +91,8 @@ class Policy(nnx.Module):
 class FunctionalPolicy:
     """A policy as pure functions, with its processors and, once it is initialized or loaded, its arrays.
 
-    In training it has `task_tokens`: a dataset's tasks as its tokenizer has them, a row for each `task_index`.
+    In training it has `task_tokens`: a dataset's tasks as its tokenizer has them, a row for each `task_index`; none
+    if its text tells more than the task.
     """
 
     config: PolicyConfig

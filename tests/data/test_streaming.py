@@ -558,7 +558,7 @@ def test_a_killed_process_resumes_bit_equal_and_a_stopped_one_cleans_up(server: 
     killed.kill()
     killed.communicate()
     uninterrupted.send_signal(signal.SIGINT)
-    uninterrupted.communicate(timeout=20)
+    uninterrupted.communicate(timeout=120)
     assert len(mirrors()) == 2  # a folder and its lock
     resumed = start(9)
     assert lines(resumed, 20) == expected[9:29]

@@ -32,7 +32,12 @@ pytestmark = pytest.mark.usefixtures("stand_ins")
 
 @pytest.fixture(params=NAMES)
 def policy(request) -> FunctionalPolicy:
-    config = config_class(request.param).tiny()
+    return tiny_policy(request.param)
+
+
+@functools.cache
+def tiny_policy(name: str) -> FunctionalPolicy:
+    config = config_class(name).tiny()
     stats = {}
     for key, feature in {**config.input_features, **config.output_features}.items():
         shape = (3, 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
@@ -105,23 +110,23 @@ def test_loss_and_gradients_are_finite(policy: FunctionalPolicy):
 def test_devices_and_recomputation_do_not_change_the_gradients(
     policy: FunctionalPolicy, mesh: MeshConfig | None, remat: Remat
 ):
-    batch = policy.preprocess(make_batch(policy, 8))
+    batch = make_batch(policy, 8)
 
-    def loss_fn(params, buffers, key):
-        return policy.loss_fn(params, buffers, batch, key, train=True)
+    def loss_fn(params, buffers, batch, key):
+        return policy.loss_fn(params, buffers, policy.preprocess(batch), key, train=True)
 
     def gradients(execution: Execution):
         def place(tree):
             return tree if execution.mesh is None else jax.device_put(tree, state_shardings(execution, tree))
 
         function = jax.jit(execution(jax.value_and_grad(loss_fn, has_aux=True)))
-        return function(place(policy.params), place(policy.buffers), jax.random.key(1))
+        return function(place(policy.params), place(policy.buffers), batch, jax.random.key(1))
 
     (loss, (_, buffers)), wanted = gradients(Execution())
     devices = mesh and make_mesh(mesh)
     (loss2, (_, buffers2)), found = gradients(Execution(devices, policy.config.tensor_axes, 1, remat))
     np.testing.assert_allclose(loss2, loss, rtol=1e-5)
-    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(wanted))
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(jax.device_get(wanted)))
     assert_same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
     jax.tree.map(assert_same, (found, buffers2), (wanted, buffers))
 
@@ -140,19 +145,25 @@ def test_padded_steps_have_no_influence(policy: FunctionalPolicy):
     batch = make_batch(policy)
     other = dict(batch)
     other["action"] = np.where(batch["action_is_pad"][..., None], 1e3, batch["action"]).astype(np.float32)
-    loss_fn = jax.jit(
-        lambda b: policy.loss_fn(
-            policy.params, policy.buffers, policy.preprocess(b), jax.random.key(1), train=True
-        )[0]
-    )
-    np.testing.assert_allclose(loss_fn(batch), loss_fn(other), rtol=1e-5)
+
+    @jax.jit
+    def loss_of(params, buffers, batch, key):
+        return policy.loss_fn(params, buffers, policy.preprocess(batch), key, train=True)[0]
+
+    losses = [loss_of(policy.params, policy.buffers, b, jax.random.key(1)) for b in (batch, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_per_sample_losses(policy: FunctionalPolicy):
-    batch = policy.preprocess(make_batch(policy))
-    loss_fn = jax.jit(policy.loss_fn, static_argnames=("train", "reduction"))
-    losses, _ = loss_fn(policy.params, policy.buffers, batch, jax.random.key(1), train=True, reduction="none")
-    loss, _ = loss_fn(policy.params, policy.buffers, batch, jax.random.key(1), train=True)
+    @jax.jit  # both in one program, which has what they share once
+    def losses_of(params, buffers, batch, key):
+        batch = policy.preprocess(batch)
+        return [
+            policy.loss_fn(params, buffers, batch, key, train=True, reduction=reduction)[0]
+            for reduction in ("none", "mean")
+        ]
+
+    losses, loss = losses_of(policy.params, policy.buffers, make_batch(policy), jax.random.key(1))
     assert losses.shape == (3,)
     np.testing.assert_allclose(losses.mean(), loss, rtol=1e-5)
 
@@ -195,8 +206,12 @@ def test_the_order_of_layers_leaves_no_parameter_out(policy: FunctionalPolicy):
 
 
 def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: FunctionalPolicy):
-    observation = policy.preprocess(make_batch(policy))
-    sample = jax.jit(policy.sample_actions)
+    observation = make_batch(policy)
+
+    @jax.jit
+    def sample(params, buffers, observation, key, **draws):
+        return policy.sample_actions(params, buffers, policy.preprocess(observation), key, **draws)
+
     actions = [sample(policy.params, policy.buffers, observation, jax.random.key(2)) for _ in range(2)]
     assert actions[0].shape == (
         3,
@@ -213,13 +228,13 @@ def test_samples_have_the_chunks_shape_and_depend_on_the_key_only(policy: Functi
 def test_half_precision_computes_nearly_the_same(policy: FunctionalPolicy):
     config = dataclasses.replace(policy.config, use_amp=True)
     half = policy.replace(config=config, graphdef=lerobot_jax.policies.base._graphdef(config))
-    batch = policy.preprocess(make_batch(policy))
-    losses = [
-        jax.jit(p.loss_fn, static_argnames="train")(
-            p.params, p.buffers, batch, jax.random.key(1), train=False
-        )[0]
-        for p in (policy, half)
-    ]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss_of(p, params, buffers, batch, key):
+        return p.loss_fn(params, buffers, p.preprocess(batch), key, train=False)[0]
+
+    arguments = (policy.params, policy.buffers, make_batch(policy), jax.random.key(1))
+    losses = [loss_of(p, *arguments) for p in (policy, half)]
     assert losses[1].dtype == jnp.float32
     np.testing.assert_allclose(*losses, rtol=0.05)
 
@@ -232,10 +247,13 @@ def test_saved_policies_load_unchanged(policy: FunctionalPolicy, tmp_path):
     for a, b in zip(jax.tree.leaves(policy.params), jax.tree.leaves(loaded.params), strict=True):
         np.testing.assert_array_equal(a, b)
     observation = make_batch(policy)
-    expected, found = (
-        p.postprocess(p.sample_actions(p.params, p.buffers, p.preprocess(observation), jax.random.key(0)))
-        for p in (policy, loaded)
-    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def act(p, params, buffers, observation):
+        inputs = p.preprocess(observation)
+        return p.postprocess(p.sample_actions(params, buffers, inputs, jax.random.key(0)))
+
+    expected, found = (act(p, p.params, p.buffers, observation) for p in (policy, loaded))
     np.testing.assert_array_equal(expected, found)
 
 

@@ -25,7 +25,7 @@ from lerobot_jax.processors import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOK
 from lerobot_jax.processors.tokenizer import find_tokenizer
 from tests.data.recordings import record
 from tests.goldens import CLIP
-from tests.test_train import assert_same_run
+from tests.runs import assert_same_run
 
 RECIPE = """
 from lerobot_jax.comparison import latency

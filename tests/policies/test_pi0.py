@@ -313,3 +313,16 @@ def test_a_camera_is_masked_where_a_sample_lacks_it():
         np.testing.assert_array_equal(changed[0], mix[0])
         assert (np.abs(mix - none_seen)[1] > 1e-5).any()
         assert (np.abs(changed - mix)[1] > 1e-5).any()
+
+
+def test_a_policy_trained_on_known_actions_keeps_them(golden: Golden):
+    policy = load_policy(golden.path / "model").with_settings(rtc_config=RTCConfig(guidance="trained"))
+    batch = policy.preprocess(golden.inputs("obs/0/"))
+    chunk, act = policy.config.chunk_size, policy.config.action_feature.shape[0]
+    old = jax.random.normal(KEY, (2, chunk, act))
+    sample = jax.jit(policy.sample_actions)
+    told = {"prev_chunk_left_over": old, "execution_horizon": chunk}
+    actions = sample(policy.params, {}, batch, KEY, **told, inference_delay=2)
+    np.testing.assert_array_equal(actions[:, :2], old[:, :2])
+    plain = sample(policy.params, {}, batch, KEY, **told, inference_delay=0)
+    assert not np.allclose(actions[:, 2:], plain[:, 2:], atol=1e-3)

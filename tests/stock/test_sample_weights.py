@@ -18,9 +18,9 @@ from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.train_step import make_loss
 from tests.data.recordings import record
+from tests.runs import FEATURES
 from tests.stock.conftest import lerobot_python, run_command
 from tests.stock.policies import new_policy
-from tests.test_train import FEATURES
 
 pytestmark = pytest.mark.lerobot
 

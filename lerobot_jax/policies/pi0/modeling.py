@@ -58,22 +58,21 @@ class PI0Policy(Policy):
         Args:
             batch: normalized inputs, `action` (b chunk act), images in 0..1, tokens of the prompt.
             key: for the draws that are not given.
-            train: has no effect.
+            train: whether delays are drawn, if the settings want some.
             reduction: "mean" or "none".
             noise: mixed with the actions, as wide as max_action_dim.
             time: from 0 (actions) to 1 (noise).
-            delays: how many of each sample's first actions are given; drawn if there is an rtc_training_delay.
+            delays: how many of each sample's first actions are given and not in the loss.
 
         Returns:
             (loss, {"loss_per_dim/i": the loss of action dimension i})
         """
-        del train
         config, width = self.config, batch[ACTION].shape[-1]
         noise_key, time_key, delay_key = jax.random.split(key, 3)
         actions = _pad(batch[ACTION], config.max_action_dim)
         noise = jax.random.normal(noise_key, actions.shape) if noise is None else noise
         time = self._draw_time(time_key, len(actions)) if time is None else time
-        if config.rtc_training_delay and delays is None:
+        if config.rtc_training_delay and train and delays is None:
             delays = action_prefix.draw_delays(delay_key, len(actions), config.rtc_training_delay)
         if delays is not None:
             time = action_prefix.times_of_actions(time, delays, config.chunk_size)
@@ -225,8 +224,9 @@ class PI0Model(nnx.Module):
         """Give the velocity, reading prefix and suffix at once; for training."""
         (embedded, is_token), (actions, condition) = prefix, suffix
         parts = np.concatenate([np.zeros(embedded.shape[1], int), self._parts(actions)])
+        is_before = jnp.asarray(parts[None] <= parts[:, None])[None]
         is_token = jnp.concatenate([is_token, jnp.ones(actions.shape[:2], bool)], axis=1)
-        mask = (parts[None] <= parts[:, None])[None] & is_token[:, None] & is_token[:, :, None]
+        mask = is_before & is_token[:, None] & is_token[:, :, None]
         positions = jnp.cumsum(is_token, axis=1) - 1
         return self._out(self.paligemma_with_expert(embedded, actions, condition, positions, mask))
 
