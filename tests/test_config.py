@@ -8,6 +8,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import NormalizationMode
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import config_class
+from lerobot_jax.policies.rtc import RTCConfig
 from tests.goldens import ROOT
 
 RECIPE = """
@@ -149,3 +150,14 @@ def test_a_pretrained_policy_brings_its_settings(recipe: str):
     )
     assert (config.policy.dim_model, config.policy.chunk_size, config.policy.optimizer_lr) == (32, 5, 0.5)
     assert config.policy.pretrained_path == str(folder)
+
+
+def test_parts_that_are_none_have_options_too(recipe: str):
+    """Real-time chunking of a policy whose config.json has null, as adapters of a run."""
+    arguments = [f"--config={recipe}", f"--config.policy.pretrained_path={ROOT / 'pi0/2cam_empty_s0/model'}"]
+    assert load_config(arguments).policy.rtc_config is None
+    config = load_config([*arguments, "--config.policy.rtc_config.execution_horizon=4", "--config.peft.r=2"])
+    assert config.policy.rtc_config == RTCConfig(execution_horizon=4)
+    assert config.peft is not None
+    assert config.peft.r == 2
+    assert config.sample_weighting is None

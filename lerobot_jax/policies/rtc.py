@@ -63,10 +63,7 @@ class RTCConfig:
 
 
 def prefix_weights(
-    schedule: Schedule,
-    inference_delay: Count,
-    execution_horizon: Count,
-    total: int,
+    schedule: Schedule, inference_delay: Count, execution_horizon: Count, total: int
 ) -> Float[Array, " chunk"]:
     """Give the weight of each old action: 1 within the delay, 0 from the horizon on, falling between.
 
@@ -84,8 +81,7 @@ def prefix_weights(
         "LINEAR": line,
         "EXP": line * (jnp.expm1(line) / np.float32(np.e - 1)),
     }[schedule]
-    is_full = index < (execution_horizon if schedule == "ONES" else start)
-    return jnp.where(is_full, 1.0, jnp.where(index < end, between, 0.0))
+    return jnp.where(index < start, 1.0, jnp.where(index < end, between, 0.0))
 
 
 def guidance_weight(max_guidance_weight: float, time: float) -> np.float32:
