@@ -8,27 +8,45 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from benchmarks.pi0_size.recipe import get_config
+from lerobot_jax.config import DatasetConfig, TrainConfig
 from lerobot_jax.features import FeatureType
+from lerobot_jax.nn.gemma import GEMMA_SIZES, GemmaSettings
+from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaSettings
+from lerobot_jax.nn.siglip import SiglipSettings
 from lerobot_jax.planning.collectives import find_collectives
 from lerobot_jax.planning.hardware import parse_topology, tpu_settings
 from lerobot_jax.planning.hlo import Module
 from lerobot_jax.policies.base import make_policy
+from lerobot_jax.policies.pi0 import PI0Config
+from lerobot_jax.processors import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from lerobot_jax.program import Program
 from lerobot_jax.sharding import MeshConfig, make_mesh
 
 BATCH = 16
+TEXT, EXPERT = GemmaSettings(256, 3, 512, 2, 128), GemmaSettings(128, 3, 256, 2, 128)
 
 
 @pytest.fixture(scope="module")
 def compiled(request) -> tuple[Program, jax.stages.Compiled]:
-    """The step of a small policy with stacks of layers, in bfloat16 on four chips that share one state."""
+    """The step of a small pi0, in bfloat16 on four chips that share one state."""
     pytest.importorskip("libtpu")
-    policy_config = dataclasses.replace(
-        get_config("tiny").policy, widths=(256, 128), mlps=(512, 256), head_dim=128
-    )
+    vision = SiglipSettings(64, 128, 2, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GEMMA_SIZES, "small", EXPERT)
+        patch.setitem(PALIGEMMA_SIZES, "small", PaliGemmaSettings(TEXT, vision, 512))
+        sizes = {"paligemma_variant": "small", "action_expert_variant": "small"}
+        return compile_step(dataclasses.replace(PI0Config.tiny(), use_amp=True, dtype="bfloat16", **sizes))
+
+
+def compile_step(policy_config: PI0Config) -> tuple[Program, jax.stages.Compiled]:
     mesh_config = MeshConfig(fsdp=4, min_shard_size=2**14)
-    config = dataclasses.replace(get_config("tiny"), batch_size=BATCH, mesh=mesh_config, policy=policy_config)
+    config = TrainConfig(
+        policy=policy_config,
+        dataset=DatasetConfig(repo_id="none/none"),
+        batch_size=BATCH,
+        mesh=mesh_config,
+        ema_decay=0.99,
+    )
     features = {**policy_config.input_features, **policy_config.output_features}
     stats = {
         key: {"mean": np.zeros(f.shape, np.float32), "std": np.ones(f.shape, np.float32)}
@@ -44,6 +62,9 @@ def compiled(request) -> tuple[Program, jax.stages.Compiled]:
         elif key == "action":
             shape = (policy_config.chunk_size, *shape)
         shapes[key] = jax.ShapeDtypeStruct((BATCH, *shape), dtype, sharding=program.batch_sharding)
+    for key, dtype in ((OBS_LANGUAGE_TOKENS, np.int32), (OBS_LANGUAGE_ATTENTION_MASK, bool)):
+        shape = (BATCH, policy_config.tokenizer_max_length)
+        shapes[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
     return program, program.trace_step(shapes).lower().compile()
 
 
