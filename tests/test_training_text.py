@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub.constants
 import jax
@@ -147,7 +147,9 @@ def test_each_sample_comes_with_the_prompt_that_tells_its_state(root: Path, mode
 
 
 @pytest.mark.parametrize("mode", ["decode", "device"])
-def test_a_single_joint_under_another_name_is_told_too(other: Path, mode: str, tmp_path: Path):
+def test_a_single_joint_under_another_name_is_told_too(
+    other: Path, mode: Literal["decode", "device"], tmp_path: Path
+):
     """LeRobot's datasets give single numbers without an axis."""
     joint = PolicyFeature(FeatureType.STATE, (1,))
     settings = dataclasses.replace(
