@@ -1,6 +1,6 @@
 """Create, save, restore, convert and run a policy of full size on this machine; report what memory each step takes.
 
-    python benchmarks/full_size.py [--config=benchmarks/pi0_size/recipe.py] [--devices=8] [--folder=FOLDER]
+    python benchmarks/full_size.py [--config=configs/pi0_libero.py] [--devices=8] [--folder=FOLDER]
 
 Random weights in bfloat16, divided among virtual devices (`mesh.fsdp`), one array after the other. Each step is a
 process of its own and takes what the one before left on the disk:
@@ -34,14 +34,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import models, pre_tokenizers
 
 from lerobot_jax import checkpoint, convert, sharding, state_dict, torch_state
-from lerobot_jax.certificate import Certifier, make_observations
+from lerobot_jax.certificate import TASKS, Certifier, make_observations
 from lerobot_jax.checkpoint_writer import CheckpointWriter
 from lerobot_jax.config import TrainConfig, load_recipe
 from lerobot_jax.data import mixture
 from lerobot_jax.features import FeatureType
+from lerobot_jax.files import write_json
 from lerobot_jax.policies.base import FunctionalPolicy, load_policy, make_policy
 from lerobot_jax.program import Program
 from lerobot_jax.sharding import MeshConfig
@@ -56,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="benchmarks/pi0_size/recipe.py", help="default: %(default)s")
+    parser.add_argument("--config", default="configs/pi0_libero.py", help="default: %(default)s")
     parser.add_argument("--devices", type=int, default=8, help="virtual devices (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for the files; by default a temporary one")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -80,9 +83,9 @@ def main() -> None:
 
 def run_stage(stage: str, recipe: str, devices: int, folder: Path) -> None:
     run, exported, imported = (folder / name for name in ("run", "exported", "imported"))
-    config = make_config(recipe, devices, run)  # also imports a policy that is no part of the package
     if stage in SHARDED:
-        {"create": create, "restore": restore}[stage](*make_program(config))
+        program, policy = make_program(make_config(recipe, devices, run))
+        {"create": create, "restore": restore}[stage](program, policy)
     elif stage == "export":
         with measured(stage):
             convert.to_torch(convert.ToTorch(str(run), str(exported)))
@@ -181,8 +184,19 @@ def sample(folder: Path) -> None:
 
 
 def make_config(recipe: str, devices: int, run: Path) -> TrainConfig:
+    """Give the recipe's settings, with new weights and the words of the certificate's tasks as tokens."""
+    config, folder = load_recipe(recipe), run.with_name("tokenizer")
+    vocabulary = ["<pad>", "<unk>", *" ".join(TASKS).replace(".", " .").split()]
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json({"pad_token": "<pad>", "unk_token": "<unk>"}, folder / "tokenizer_config.json")
+    policy = dataclasses.replace(config.policy, pretrained_path=None, tokenizer_name=str(folder))
     return dataclasses.replace(
-        load_recipe(recipe),
+        config,
+        policy=policy,
         mesh=MeshConfig(data=1, fsdp=devices),
         output_dir=str(run),
         batch_size=devices,

@@ -89,9 +89,8 @@ class FromTorch:
 class OpenPI(openpi.Settings):
     """Read a checkpoint of openpi's pi0 or pi0.5, and write it as a LeRobot policy with a certificate.
 
-    Weights and statistics are in the checkpoint; what its training config says beside them is said here. Adapters
-    are merged. What a robot's transforms in openpi do to states and actions (of ALOHA, for example), do it before
-    and after the policy.
+    Weights and statistics are in the checkpoint; what else its training config says must be said here. Adapters are
+    merged. What openpi's transforms for a robot change in states and actions, the policy does not.
     """
 
     path: Place = tyro.MISSING

@@ -29,6 +29,7 @@ from lerobot_jax.certificate import make_observations
 from lerobot_jax.compilation import compiling
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, TASK, FeatureType
+from lerobot_jax.nn.weights import as_computed, cast_types
 from lerobot_jax.processors.text import tasks_of
 from lerobot_jax.rtc_queue import DelayedQueue, check_delay
 
@@ -112,7 +113,8 @@ class Runner:
 
     def load(self, params: dict[str, Any], buffers: dict[str, Any], seed: int) -> None:
         """Run with other weights, and noise of this seed, from now on."""
-        self._arrays = jax.tree.map(jax.numpy.asarray, (params, buffers))
+        params, buffers = jax.tree.map(jax.numpy.asarray, (params, buffers))
+        self._arrays = as_computed(params, cast_types(self.policy.module)), buffers
         self._seed_key = jax.random.key(seed)
 
     def compile(self) -> None:

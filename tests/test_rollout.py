@@ -237,6 +237,7 @@ def test_chunks_are_predicted_along_what_is_left_of_the_old_one(guidance):
     rtc = RTCConfig(guidance=guidance, execution_horizon=3)
     policy = flow_policy.make(mean=1.0, std=2.0, rtc_config=rtc)
     runner = policy.make_runner(2, seed=5, inference_delay=2)
+    runner.compile()
     rows = [states(2, t) for t in range(14)]
     actions = np.stack([runner.select_action(row)[1] for row in rows])
 

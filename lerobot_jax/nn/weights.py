@@ -115,6 +115,22 @@ def cast_paths(module: nnx.Module) -> frozenset[Path]:
     return frozenset(cast_types(module)) | tables
 
 
+def as_computed(weights: Any, types: Mapping[Path, Any]) -> Any:
+    """Give weights in the types in which layers compute with them: the same results from half of the memory.
+
+    Args:
+        weights: a nested dict of arrays and `LoraWeight`s, which stay as they are.
+        types: what `cast_types` gives.
+    """
+    flat: dict[Any, Any] = {**flatten_dict(weights, keep_empty_nodes=True)}
+    return unflatten_dict(
+        {
+            path: weight.astype(types[path]) if path in types and not is_adapted(weight) else weight
+            for path, weight in flat.items()
+        }
+    )
+
+
 def ready(weights: Any, types: Mapping[Path, Any]) -> Any:
     """Give weights as layers compute with them: gathered from the devices that store a part each, adapters merged.
 

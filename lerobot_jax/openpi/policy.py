@@ -2,10 +2,12 @@
 
 A checkpoint is a folder with `params/` (Orbax) and `assets/<robot>/norm_stats.json`. The rest is in openpi's
 training config, which is code, so that it must be said again: see `Settings`. What that config does to a robot's
-observations and actions beyond it, such as turning joints around, is not part of the policy.
+observations and actions beyond it, such as turning joints around, is not part of the policy. openpi tidies prompts
+up (spaces at the ends, underscores, line breaks); LeRobot's pi0.5 does, too, but its pi0 takes them as they are.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+import tqdm
 
 from lerobot_jax import torch_state
 from lerobot_jax.certificate import make_observations
@@ -22,13 +25,15 @@ from lerobot_jax.features import ACTION, OBS_IMAGES, OBS_STATE, FeatureType, Pol
 from lerobot_jax.nn.gemma import GEMMA_SIZES, GemmaSettings
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaSettings
 from lerobot_jax.nn.siglip import SiglipSettings
-from lerobot_jax.openpi.arrays import EMBEDDING
+from lerobot_jax.openpi.arrays import is_rounded_by_lerobot
 from lerobot_jax.openpi.statistics import find_statistics, read_statistics
 from lerobot_jax.openpi.weights import PARAMS, Weights, read_weights
 from lerobot_jax.policies.base import FunctionalPolicy, make_policy
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.processors import Pi05StatePrompt, Pipeline, SmolVLANewLine
+from lerobot_jax.progress import progress_bar
+from lerobot_jax.state_dict import StateDict, Tensor
 
 ABSOLUTE = "absolute"  # the name of a joint whose actions are not relative
 
@@ -87,7 +92,7 @@ def read_policy(
             n_action_steps=settings.chunk_size,
             max_state_dim=weights.sizes["action_dim"],
             max_action_dim=weights.sizes["action_dim"],
-            dtype="bfloat16" if weights.state.tensors[EMBEDDING].dtype == ml_dtypes.bfloat16 else "float32",
+            dtype="bfloat16" if _is_rounded(weights.state) else "float32",
             **named,
         )
     except ValueError as error:
@@ -97,11 +102,30 @@ def read_policy(
     )
     if not settings.discrete_state_input:
         policy = policy.replace(preprocessor=_without_state_in_prompt(policy.preprocessor))
-    policy.tokenize(
-        make_observations(policy)
-    )  # a tokenizer that is missing is told of before the weights are read
-    params, buffers = torch_state.from_torch(policy.module, weights.state)
+    # Before the weights are read, which takes minutes, the tokenizer must be there.
+    policy.tokenize(make_observations(policy))
+    with progress_bar("reading", len(weights.state), "array") as bar:
+        params, buffers = torch_state.from_torch(policy.module, _counted(weights.state, bar))
     return policy.replace(params=params, buffers=buffers)
+
+
+def _is_rounded(state: StateDict) -> bool:
+    """Tell whether all weights are bfloat16 that are in LeRobot's policies of that type."""
+    return all(
+        t.dtype == ml_dtypes.bfloat16 for key, t in state.tensors.items() if is_rounded_by_lerobot(key)
+    )
+
+
+def _counted(state: StateDict, bar: tqdm.tqdm) -> StateDict:
+    """Give the same arrays, each of which moves a progress bar when it is read."""
+
+    def read(tensor: Tensor) -> np.ndarray:
+        array = tensor.read()
+        bar.update()
+        return array
+
+    tensors = {key: t._replace(read=functools.partial(read, t)) for key, t in state.tensors.items()}
+    return StateDict(tensors, state.metadata, state.source)
 
 
 def _read_statistics(folder: Path, settings: Settings, policy_type: str) -> dict[str, dict[str, np.ndarray]]:

@@ -5,6 +5,7 @@ are not scaled; the attention's are scaled by alpha / rank, which is 1 in all of
 of the attention's output is summed over the heads by itself.
 """
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,10 +130,9 @@ class _Store:
             if self._last is None or self._last[0] != array.path:
                 self._last = None  # frees it first
                 whole = self.read(array.path)
-                self._last = (
-                    array.path,
-                    whole if lora_scale is None else self._merge(array, whole, lora_scale),
-                )
+                if lora_scale is not None:
+                    whole = self._merge(array, whole, lora_scale)
+                self._last = array.path, whole
             return self._last[1]
 
     def _merge(self, array: StoredArray, whole: np.ndarray, scale: float) -> np.ndarray:
@@ -140,9 +140,8 @@ class _Store:
         assert array.adapters is not None
         a, b = (self.read(path).astype(np.float32) for path in array.adapters)
         if "attn_vec_einsum" in array.path:
-            b = b.sum(
-                axis=1, keepdims=True
-            )  # openpi's einsum sums the second factor over the heads by itself
+            # openpi's equation for the second factor has the heads among its inputs, but not in what it is given.
+            b = b.sum(axis=1, keepdims=True)
         merged = np.empty(whole.shape, np.float32)
         for layer, target in enumerate(merged):
             target[...] = whole[layer].astype(np.float32) + np.float32(scale) * (a[layer] @ b[layer])
@@ -160,16 +159,14 @@ def _tensors(
     shape = [_size(axis, sizes) or 0 for axis in array.axes.split()]
     shape = rearrange(np.broadcast_to(np.zeros((), np.int8), shape)).shape
     dtype = np.dtype(np.float32 if lora_scale is not None else store.forms[array.path].dtype)
+
+    def read(index: tuple[int, ...]) -> np.ndarray:
+        return rearrange(store.read_merged(array, lora_scale)[index])
+
     for part, key in enumerate(array.keys):
         parts = (part,) if len(array.keys) > 1 else ()
         for layer in [()] if array.layers is None else [(i,) for i in range(sizes[array.layers])]:
-            index = (*layer, *parts)
-            yield (
-                key.format(*layer),
-                Tensor(
-                    shape, dtype, lambda index=index: rearrange(store.read_merged(array, lora_scale)[index])
-                ),
-            )
+            yield key.format(*layer), Tensor(shape, dtype, functools.partial(read, (*layer, *parts)))
 
 
 def _check(arrays: Sequence[StoredArray], store: _Store) -> dict[str, int]:

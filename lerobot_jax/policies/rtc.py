@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from lerobot_jax.policies.action_prefix import times_of_actions, with_prefix
 
 Schedule = Literal["ZEROS", "ONES", "LINEAR", "EXP"]
+Guidance = Literal["lerobot", "vjp", "trained"]
 Count = int | Int[Array, ""]
 Denoise = Callable[[Float[Array, "b chunk act"]], Float[Array, "b chunk act"]]
 DenoiseAt = Callable[[Float[Array, "b chunk act"], Float[Array, "b *chunk"]], Float[Array, "b chunk act"]]
@@ -43,9 +44,7 @@ class RTCConfig:
     """LeRobot's: record each denoising step there; nothing here."""
     debug_maxlen: int = 100
     """LeRobot's: how many of them."""
-    guidance: Literal["lerobot", "vjp", "trained"] = dataclasses.field(
-        default="lerobot", metadata={"in_lerobot": False}
-    )
+    guidance: Guidance = dataclasses.field(default="lerobot", metadata={"in_lerobot": False})
     """The correction. lerobot: the error itself, as in stock LeRobot. vjp: the error pulled back through the
     policy, as in the paper, which costs a backward pass. trained: none; the policy is given the old actions of the
     delay, and must have been trained so (rtc_training_delay)."""

@@ -42,7 +42,14 @@ def make_results(**solved: int) -> dict:
         }
         for i, name in enumerate(solved)
     ]
-    results = {"policies": policies, "n_episodes": 40, "score": "coverage", "fps": 10, "latency": latency}
+    results = {
+        "policies": policies,
+        "n_episodes": 40,
+        "inference_delay": 0,
+        "score": "coverage",
+        "fps": 10,
+        "latency": latency,
+    }
     results |= {"machine": "2 CPU cores", "seed": 1000, "latency_rounds": 9, "env": {"task": "PushT-v0"}}
     return results | compare_pairs(policies)
 
@@ -136,6 +143,9 @@ def test_pairs_are_compared_where_both_succeed():
     assert "| 50 | 5 | n/a | n/a |" in page  # steps, path, too short for accelerations
     assert "| 1 h 2 min | `b` |" in page
     assert "compare.mp4" not in page
+    assert "## 40 episodes of PushT-v0 (seeds 1000 to 1039)" in page
+    late = make_results(a=30, b=2) | {"conclusion": ["c"], "inference_delay": 3}
+    assert "(seeds 1000 to 1039, inference delay 3 steps)" in report.write(late, has_video=False)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, OBS_STATE, FeatureType, PolicyFeature
 from lerobot_jax.nn.time_embedding import embed_time
 from lerobot_jax.policies import base
+from lerobot_jax.policies.action_prefix import draw_delays
 from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.policies.pi0.modeling import PI0Policy, resize_with_pad
@@ -219,6 +220,7 @@ def test_impossible_settings_are_named():
         ({"dtype": "float16"}, "dtype"),
         ({"image_resolution": (28, 30)}, "image_resolution"),
         ({"min_period": 0.0}, "min_period"),
+        ({"rtc_training_delay": TINY.chunk_size}, "rtc_training_delay must be from 0 to chunk_size - 1"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **settings)
@@ -241,6 +243,33 @@ def test_both_ways_to_ask_for_relative_actions_agree():
     assert named.action_target == ABSOLUTE
     with pytest.raises(ValueError, match="contradicts"):
         dataclasses.replace(relative, action_target=ActionTarget("delta"))
+
+
+@pytest.mark.parametrize("golden", ["pi0/2cam_empty_s0", "pi05/2cam_empty_s0"], indirect=True)
+def test_training_with_delays(golden: Golden):
+    """Given actions have neither noise nor loss; without any, the loss is LeRobot's."""
+    policy = load_policy(golden.path / "model")
+    batch, chunk = policy.preprocess(golden.inputs("raw/")), policy.config.chunk_size  # pyright: ignore
+    noise = jax.random.normal(KEY, (2, chunk, policy.config.max_action_dim))  # pyright: ignore
+
+    def losses(policy, noise, **delays):
+        given = delays | {"noise": noise, "time": jnp.array([0.4, 0.7])}
+        each = policy.loss_fn(policy.params, policy.buffers, batch, KEY, reduction="none", **given)[0]
+        return each.sum(), each
+
+    measure = jax.jit(jax.value_and_grad(functools.partial(losses, policy), has_aux=True))
+    (_, with_some), gradient = measure(noise, delays=jnp.array([0, 3]))
+    is_used = np.abs(gradient).max(-1) > 0
+    np.testing.assert_array_equal(is_used, np.arange(chunk)[None] >= np.array([[0], [3]]))
+    (_, without), _ = measure(noise, delays=jnp.array([0, 0]))
+    plain = jax.jit(functools.partial(losses, policy))(noise)[1]
+    np.testing.assert_allclose(without, plain, rtol=1e-5)
+    np.testing.assert_allclose(with_some[0], plain[0], rtol=1e-5)
+    assert abs(with_some[1] / plain[1] - 1) > 1e-3
+    drawn = jax.jit(functools.partial(losses, policy.with_settings(rtc_training_delay=3)))(noise)[1]
+    delays = draw_delays(jax.random.split(KEY, 3)[2], 2, 3)
+    np.testing.assert_allclose(drawn, measure(noise, delays=delays)[0][1], rtol=1e-5)
+    assert delays.any()
 
 
 def test_config_json_has_lerobot_s_fields(golden: Golden):
@@ -284,3 +313,16 @@ def test_a_camera_is_masked_where_a_sample_lacks_it():
         np.testing.assert_array_equal(changed[0], mix[0])
         assert (np.abs(mix - none_seen)[1] > 1e-5).any()
         assert (np.abs(changed - mix)[1] > 1e-5).any()
+
+
+def test_a_policy_trained_on_known_actions_keeps_them(golden: Golden):
+    policy = load_policy(golden.path / "model").with_settings(rtc_config=RTCConfig(guidance="trained"))
+    batch = policy.preprocess(golden.inputs("obs/0/"))
+    chunk, act = policy.config.chunk_size, policy.config.action_feature.shape[0]
+    old = jax.random.normal(KEY, (2, chunk, act))
+    sample = jax.jit(policy.sample_actions)
+    told = {"prev_chunk_left_over": old, "execution_horizon": chunk}
+    actions = sample(policy.params, {}, batch, KEY, **told, inference_delay=2)
+    np.testing.assert_array_equal(actions[:, :2], old[:, :2])
+    plain = sample(policy.params, {}, batch, KEY, **told, inference_delay=0)
+    assert not np.allclose(actions[:, 2:], plain[:, 2:], atol=1e-3)

@@ -82,7 +82,10 @@ class PI0Config(PolicyConfig):
     action_feature_names: tuple[str, ...] | None = None
     """The name of each action dimension; None: what the dataset says."""
     rtc_config: RTCConfig | None = None
-    """Real-time chunking; None: off."""
+    """Real-time chunking when acting; any of its settings turns it on. None: off."""
+    rtc_training_delay: int = dataclasses.field(default=0, metadata={"in_lerobot": False})
+    """In training, give up to so many of a chunk's first actions, and learn to go on from them; for
+    rtc_config.guidance=trained. 0: none."""
     image_resolution: tuple[int, int] = (224, 224)
     """Images are resized to (height, width), black bars fill the rest; height and width are equal."""
     empty_cameras: int = 0
@@ -158,6 +161,11 @@ class PI0Config(PolicyConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.rtc_training_delay < self.chunk_size:
+            raise ValueError(
+                f"rtc_training_delay must be from 0 to chunk_size - 1 = {self.chunk_size - 1}, not "
+                f"{self.rtc_training_delay}"
+            )
         if self.n_action_steps > self.chunk_size:
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must not be greater than chunk_size "

@@ -21,6 +21,7 @@ from lerobot_jax.nn.gemma import GEMMA_SIZES
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaWithExpert
 from lerobot_jax.nn.time_embedding import embed_time
+from lerobot_jax.policies import action_prefix
 from lerobot_jax.policies.base import Batch, Metrics, Policy
 from lerobot_jax.policies.pi0.config import PI0Config
 from lerobot_jax.policies.rtc import euler
@@ -50,30 +51,37 @@ class PI0Policy(Policy):
         reduction: str = "mean",
         noise: Float[Array, "b chunk wide"] | None = None,
         time: Float[Array, " b"] | None = None,
+        delays: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "..."], Metrics]:
         """Give the mean squared error of the velocity.
 
         Args:
             batch: normalized inputs, `action` (b chunk act), images in 0..1, tokens of the prompt.
             key: for the draws that are not given.
-            train: has no effect.
+            train: whether delays are drawn, if the settings want some.
             reduction: "mean" or "none".
             noise: mixed with the actions, as wide as max_action_dim.
             time: from 0 (actions) to 1 (noise).
+            delays: how many of each sample's first actions are given and not in the loss.
 
         Returns:
             (loss, {"loss_per_dim/i": the loss of action dimension i})
         """
-        del train
         config, width = self.config, batch[ACTION].shape[-1]
-        noise_key, time_key = jax.random.split(key)
+        noise_key, time_key, delay_key = jax.random.split(key, 3)
         actions = _pad(batch[ACTION], config.max_action_dim)
         noise = jax.random.normal(noise_key, actions.shape) if noise is None else noise
         time = self._draw_time(time_key, len(actions)) if time is None else time
-        share = time[:, None, None]
+        if config.rtc_training_delay and train and delays is None:
+            delays = action_prefix.draw_delays(delay_key, len(actions), config.rtc_training_delay)
+        if delays is not None:
+            time = action_prefix.times_of_actions(time, delays, config.chunk_size)
+        share = time.reshape(len(time), -1, 1)  # b 1|chunk 1
         noisy = share * noise + (1 - share) * actions
         velocity = self.model.velocity(self._prefix(batch), self._suffix(batch, noisy, time))
         losses = jnp.square(noise - actions - velocity)[..., :width]  # b chunk act
+        if delays is not None:
+            losses = losses * action_prefix.loss_weights(delays, config.chunk_size)[..., None]
         metrics = {f"loss_per_dim/{i}": losses[..., i].mean() for i in range(width)}
         losses = losses.mean((1, 2))
         return (losses.mean() if reduction == "mean" else losses), metrics
@@ -216,8 +224,9 @@ class PI0Model(nnx.Module):
         """Give the velocity, reading prefix and suffix at once; for training."""
         (embedded, is_token), (actions, condition) = prefix, suffix
         parts = np.concatenate([np.zeros(embedded.shape[1], int), self._parts(actions)])
+        is_before = jnp.asarray(parts[None] <= parts[:, None])[None]
         is_token = jnp.concatenate([is_token, jnp.ones(actions.shape[:2], bool)], axis=1)
-        mask = (parts[None] <= parts[:, None])[None] & is_token[:, None] & is_token[:, :, None]
+        mask = is_before & is_token[:, None] & is_token[:, :, None]
         positions = jnp.cumsum(is_token, axis=1) - 1
         return self._out(self.paligemma_with_expert(embedded, actions, condition, positions, mask))
 

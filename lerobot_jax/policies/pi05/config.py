@@ -35,4 +35,6 @@ class PI05Config(PI0Config):
 
     @classmethod
     def tiny(cls) -> "PI05Config":
-        return dataclasses.replace(super().tiny(), tokenizer_max_length=60)
+        return cls(
+            **vars(PI0Config.tiny()) | {"normalization_mapping": _normalization(), "tokenizer_max_length": 60}
+        )
