@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub.constants
 import jax
@@ -147,7 +148,9 @@ def test_each_sample_comes_with_the_prompt_that_tells_its_state(root: Path, mode
 
 
 @pytest.mark.parametrize("mode", ["decode", "device"])
-def test_a_single_joint_under_another_name_is_told_too(other: Path, mode: str, tmp_path: Path):
+def test_a_single_joint_under_another_name_is_told_too(
+    other: Path, mode: Literal["decode", "device"], tmp_path: Path
+):
     """LeRobot's datasets give single numbers without an axis."""
     joint = PolicyFeature(FeatureType.STATE, (1,))
     settings = dataclasses.replace(
@@ -239,3 +242,25 @@ def test_a_run_resumes_exactly_in_every_frame_mode(root: Path, tmp_path: Path):
         "tokenizer_processor",
         "device_processor",
     ]
+
+
+@pytest.mark.slow
+def test_pi05_resumes_exactly_wherever_its_frames_are(root: Path, tmp_path: Path):
+    recipe = tmp_path / "pi05.py"
+    policy = "replace(Config.tiny(), input_features={{}}, output_features={{}}, optimizer_lr=1e-3, empty_cameras=1)"
+    text = RECIPE.replace("tests.toy_vla", "lerobot_jax.policies.pi05").replace("Config()", policy)
+    recipe.write_text("from dataclasses import replace" + text.format(root=root))
+    whole, device, stopped = (tmp_path / name for name in ("whole", "device", "stopped"))
+    train.main([f"--config={recipe}", f"--config.output_dir={whole}", "--config.dataset.frame_mode=cache"])
+    on_device = [f"--config={recipe}", "--config.dataset.frame_mode=device"]
+    train.main([*on_device, f"--config.output_dir={device}"])
+    assert_same_run(whole, device)
+    shutil.copytree(device, stopped, symlinks=True)
+    shutil.rmtree(stopped / "checkpoints/000008")
+    for name in ("best", "last"):
+        (stopped / "checkpoints" / name).unlink()
+        (stopped / "checkpoints" / name).symlink_to("000004")
+    train.main([*on_device, f"--config.output_dir={stopped}", "--config.resume=True"])
+    assert_same_run(whole, stopped)
+    losses = [r["loss"] for r in read_metrics(whole / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0]
