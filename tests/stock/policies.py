@@ -27,6 +27,9 @@ def new_policy(
         shape = (3, 1, 1) if feature.type == FeatureType.VISUAL else feature.shape
         low = rng.normal(0, 1, shape).astype(np.float32)
         drawn[key] = {"mean": low, "std": np.abs(low) + 0.5, "min": low - 1, "max": low + 2}
-    policy = make_policy(config, drawn | dict(stats or {}))
+        drawn[key] |= {"q01": low - 0.8, "q99": low + 1.7}
+    given = drawn | dict(stats or {})
+    target_stats = given["action"] if config.action_target.is_transformed else None
+    policy = make_policy(config, given, target_stats=target_stats)
     params, buffers = load_pretrained_parts(policy, *policy.init(jax.random.key(0)))
     return policy.replace(params=params, buffers=buffers)
