@@ -52,19 +52,20 @@ def compute(folder: str, given: str, tasks: list[str], adapters: str | None = No
         folder: the policy's.
         given: an npz file with a raw batch, `noise` and `time`.
         tasks: one for each sample.
-        adapters: a folder with PEFT's adapters, trained instead of the rest.
+        adapters: a folder with PEFT's adapters, which are trained instead of the rest.
 
     Returns:
         `loss`, `loss_per_dim`, `losses` (of each sample), `grad/KEY`, `chunk` in the robot's units.
     """
     policy = load(folder)
+    networks = policy.model
     if adapters:
         policy = PeftModel.from_pretrained(policy, adapters, is_trainable=True)
     pre, post = make_pre_post_processors(policy.config, pretrained_path=adapters or folder)
     arrays = read(given)
     noise, time = arrays.pop("noise"), arrays.pop("time")
-    policy.model.sample_noise = lambda shape, device: noise
-    policy.model.sample_time = lambda batch_size, device: time
+    networks.sample_noise = lambda shape, device: noise
+    networks.sample_time = lambda batch_size, device: time
     batch = pre(arrays | {"task": tasks})
     policy.train()
     loss, info = policy.forward(batch)
@@ -77,6 +78,20 @@ def compute(folder: str, given: str, tasks: list[str], adapters: str | None = No
         found["losses"], _ = policy.forward(batch, reduction="none")
         found["chunk"] = post(policy.predict_action_chunk(batch, noise=noise))
     return {key: value.detach().numpy() for key, value in found.items()}
+
+
+def adapt(folder: str, adapters: str, settings: dict[str, Any]) -> Arrays:
+    """Write adapters of a policy, with LeRobot's defaults and these settings; not zero, as new ones are."""
+    policy = load(folder)
+    policy.config.pretrained_path = folder
+    adapted = policy.wrap_with_peft(peft_cli_overrides=settings)
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    for part in (adapted, adapted.config, *make_pre_post_processors(policy.config, pretrained_path=folder)):
+        part.save_pretrained(adapters)
+    return {}
 
 
 def load(folder: str) -> Any:
@@ -108,5 +123,5 @@ def read(given: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    lerobot_peer.COMMANDS |= {f.__name__: f for f in (use_sizes, compute, preprocess)}
+    lerobot_peer.COMMANDS |= {f.__name__: f for f in (use_sizes, compute, adapt, preprocess)}
     lerobot_peer.main()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+import safetensors.numpy
 
 from lerobot_jax import adapter_folder, lora, torch_state
 from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
@@ -119,8 +119,8 @@ def make_batch(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def compute(policy: FunctionalPolicy, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Compute what `compute` in pi0_peer.py does."""
+def compute(policy: FunctionalPolicy, batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
+    """Compute what `compute` in pi0_peer.py does; the gradients are a tree of their own."""
     draws = {name: jnp.asarray(batch[name]) for name in ("noise", "time")}
     raw = {key: value for key, value in batch.items() if key not in draws}
     inputs = policy.preprocess(raw | {"task": TASKS})
@@ -135,10 +135,14 @@ def compute(policy: FunctionalPolicy, batch: dict[str, np.ndarray]) -> dict[str,
     (loss, found), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(policy.params)
     chunk = jax.jit(policy.sample_actions)(policy.params, {}, inputs, KEY, noise=draws["noise"])
     found |= {"loss": loss, "chunk": policy.postprocess(chunk, raw)}
-    if not any(map(lora.is_adapted, jax.tree.leaves(policy.params, is_leaf=lora.is_adapted))):
-        named = torch_state.to_torch(policy.module, gradients, {})
-        found |= {f"grad/{key}": value for key, value in named.items()}
-    return {key: np.asarray(value, np.float32) for key, value in found.items()}
+    return {key: np.asarray(value) for key, value in found.items()}, gradients
+
+
+def compute_all(policy: FunctionalPolicy, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Compute what `compute` in pi0_peer.py does."""
+    found, gradients = compute(policy, batch)
+    named = torch_state.to_torch(policy.module, gradients, {})
+    return found | {f"grad/{key}": np.asarray(value, np.float32) for key, value in named.items()}
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
@@ -155,7 +159,7 @@ def test_stock_computes_what_our_policy_does(stock: Peer, tmp_path: Path, name: 
     policy.save_pretrained(tmp_path)
     batch = make_batch(tmp_path / "batch.npz")
     theirs = stock("compute", folder=tmp_path, given=tmp_path / "batch.npz", tasks=TASKS)
-    assert_same(compute(policy, batch), theirs)
+    assert_same(compute_all(policy, batch), theirs)
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -166,4 +170,99 @@ def test_we_compute_what_stock_s_policy_does(stock: Peer, tmp_path: Path, name: 
     stock("make_stock", folder=tmp_path, **made)
     batch = make_batch(tmp_path / "batch.npz")
     theirs = stock("compute", folder=tmp_path, given=tmp_path / "batch.npz", tasks=TASKS)
-    assert_same(compute(load_policy(tmp_path), batch), theirs)
+    assert_same(compute_all(load_policy(tmp_path), batch), theirs)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("pi0", "float32"), ("pi0", "bfloat16"), ("pi05", "float32")])
+def test_in_bfloat16_we_are_as_near_to_float32_as_stock_is(stock: Peer, tmp_path: Path, name: str, kept: str):
+    """As the test of this name in tests/policies/test_pi0.py, for weights that are kept in either type."""
+    config = dataclasses.replace(OURS[name], dtype="bfloat16")
+    policy = moved(new_policy(config, ACTION))
+    policy = policy.replace(params=jax.tree.map(lambda x: x.astype(kept), policy.params))
+    policy.save_pretrained(tmp_path)
+    batch = make_batch(tmp_path / "batch.npz")
+    theirs = stock("compute", folder=tmp_path, given=tmp_path / "batch.npz", tasks=TASKS)
+    ours = compute_all(policy, batch)
+    whole = load_policy(tmp_path, config=dataclasses.replace(load_config(tmp_path), dtype="float32"))
+    whole = whole.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), whole.params))
+    exact = compute_all(whole, batch)
+    for kinds in (["chunk"], ["losses", "loss_per_dim"], [key for key in theirs if key.startswith("grad/")]):
+        a, b, c = (np.concatenate([x[key].ravel() for key in kinds]) for x in (ours, theirs, exact))
+        costs = np.linalg.norm(b - c)
+        assert 0 < np.linalg.norm(a - c) < 2 * costs, kinds[0]
+        assert np.linalg.norm(a - b) < 3 * costs, kinds[0]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_prompts_are_stock_s(stock: Peer, tmp_path: Path, name: str):
+    """States on the edges of bins, far outside, and of a dimension that never moves; texts of all kinds."""
+    low = np.array([0, 1e4, -3e6, 0.5, -0.1, 7], np.float32)
+    span = np.array([2, 1e-1, 5e6, 0, 0.3, 1 / 3], np.float32)
+    stats = {"mean": low, "std": span + 1, "min": low - 1, "max": low + 9, "q01": low, "q99": low + span}
+    policy = new_policy(OURS[name], ACTION, {"observation.state": stats})
+    policy.config.exported().save(tmp_path)
+    policy.save_processors(tmp_path)
+    share = np.random.default_rng(0).integers(0, 257, (20, 6)).astype(np.float32) / 256
+    state = low + span * share
+    state[1::3] = np.nextafter(state[1::3], np.float32(np.inf))
+    state[2::3] = np.nextafter(state[2::3], np.float32(-np.inf))
+    state[:4] = np.array([[-1e20], [1e20], [0.0], [-0.0]])
+    texts = [
+        "",
+        " ",
+        "\n",
+        "_",
+        "a\nb_c",
+        "\tTask: x, State: 1;\nAction: ",
+        "<bos><eos><pad>",
+        "日本語 🤖",
+        "\u00a0x",
+    ]
+    texts += [
+        "long " * 60,
+        "e\u0301 é",
+        "a  b",
+        "\r\n",
+        "\u2028",
+        "\\n",
+        "0 -1 255",
+        "“”",
+        "▁x",
+        "A" * 30,
+        "x\n",
+    ]
+    np.savez(tmp_path / "given.npz", allow_pickle=False, **{"observation.state": state})
+    theirs = stock("preprocess", folder=tmp_path, given=tmp_path / "given.npz", tasks=texts)
+    ours = policy.tokenize({"observation.state": state, "task": texts})
+    for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+        np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+    full = ours[OBS_LANGUAGE_ATTENTION_MASK].all(axis=1)
+    assert full.any()
+    assert not full.all()
+
+
+@pytest.mark.parametrize(("name", "maker"), [("pi0", "ours"), ("pi05", "stock")])
+def test_adapters_are_used_and_trained_alike(stock: Peer, tmp_path: Path, name: str, maker: str):
+    folder, adapters = tmp_path / "base", tmp_path / "adapters"
+    policy = moved(new_policy(OURS[name], ACTION))
+    policy.save_pretrained(folder)
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5}
+    config = dataclasses.replace(policy.config, pretrained_path=str(folder))
+    plan = lora.plan(PeftConfig(**settings), config, policy.module)
+    if maker == "ours":
+        adapted = policy.replace(params=plan.attach(policy.params, KEY))
+        adapter_folder.write(adapters, policy.module, plan, moved(adapted).params, policy.buffers)
+        dataclasses.replace(policy.config.exported(), use_peft=True).save(adapters)
+        policy.save_processors(adapters)
+    else:
+        stock("adapt", folder=folder, adapters=adapters, settings=settings | {"method_type": "LORA"})
+    batch, given = make_batch(tmp_path / "batch.npz"), tmp_path / "batch.npz"
+    theirs = stock("compute", folder=folder, given=given, tasks=TASKS, adapters=adapters)
+    adapted = load_policy(adapters, merge_adapters=False)
+    found, gradients = compute(adapted, batch)
+    adapter_folder.write(tmp_path / "gradients", policy.module, plan, gradients, {})
+    named = safetensors.numpy.load_file(tmp_path / "gradients/adapter_model.safetensors")
+    theirs = {key.replace(".default.", "."): value for key, value in theirs.items()}
+    found |= {f"grad/{key}": value for key, value in named.items()}
+    assert found.keys() == theirs.keys()
+    assert_same(found, theirs)
