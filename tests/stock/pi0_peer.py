@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from peft import PeftModel
-from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import lerobot_peer
-from lerobot_peer import Arrays
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from lerobot_jax import stock_lerobot
+from tests import lerobot_peer
+from tests.lerobot_peer import Arrays
 
 
 def use_sizes(sizes: dict[str, Any]) -> Arrays:
@@ -95,19 +95,20 @@ def adapt(folder: str, adapters: str, settings: dict[str, Any]) -> Arrays:
 
 
 def load(folder: str) -> Any:
-    """Load a policy; LeRobot's own function for it only prints what it could not load."""
     config = PreTrainedConfig.from_pretrained(folder)
     config.device = "cpu"
-    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
-    weights, state = load_file(Path(folder) / "model.safetensors"), policy.state_dict()
-    left_over = weights.keys() - state.keys()
-    assert not left_over, left_over
-    for key, value in state.items():
-        # Of weights that share their memory, one is stored.
-        stored = [weights[k] for k, v in state.items() if v.data_ptr() == value.data_ptr() and k in weights]
-        assert stored, f"{key} is missing"
-        assert all(torch.equal(value, x.to(value.dtype)) for x in stored), f"{key} was not loaded"
-    return policy
+    return stock_lerobot.load_strictly(folder, config)
+
+
+def try_to_load(folder: str) -> Arrays:
+    load(folder)
+    return {}
+
+
+def verify(folder: str, given: str, out: str) -> Arrays:
+    """Do what `lerobot_jax.convert verify` runs in LeRobot's Python."""
+    stock_lerobot.main(folder, given, out)
+    return {}
 
 
 def preprocess(folder: str, given: str, tasks: list[str]) -> Arrays:
@@ -123,5 +124,7 @@ def read(given: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    lerobot_peer.COMMANDS |= {f.__name__: f for f in (use_sizes, compute, adapt, preprocess)}
+    lerobot_peer.COMMANDS |= {
+        f.__name__: f for f in (use_sizes, compute, adapt, try_to_load, verify, preprocess)
+    }
     lerobot_peer.main()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lerobot_jax import adapter_folder, lora, torch_state
+from lerobot_jax import adapter_folder, convert, lora, state_dict, torch_state
 from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.peft_targets import PeftConfig
 from lerobot_jax.policies import base
@@ -160,6 +160,25 @@ def test_stock_computes_what_our_policy_does(stock: Peer, tmp_path: Path, name: 
     batch = make_batch(tmp_path / "batch.npz")
     theirs = stock("compute", folder=tmp_path, given=tmp_path / "batch.npz", tasks=TASKS)
     assert_same(compute_all(policy, batch), theirs)
+
+
+def test_stock_takes_every_weight(stock: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And says so by the command that users have; a weight that is missing or left over is an error."""
+    policy = moved(new_policy(OURS["pi0"], ACTION))
+    policy.save_pretrained(tmp_path)
+
+    def run_stock(python: str, folder: Path, given: Path, out: Path) -> None:
+        stock("verify", folder=folder, given=given, out=out)
+
+    monkeypatch.setattr(convert, "_run_stock", run_stock)  # its process has not the small sizes
+    convert.main(["verify", str(tmp_path), "--lerobot_python=the peer's"])
+    weights = dict(state_dict.read(tmp_path))
+    head = "model.action_out_proj.bias"
+    for change in ({"model.extra": weights[head]}, {head: None}):
+        changed = {key: value for key, value in (weights | change).items() if value is not None}
+        state_dict.write(changed, tmp_path / state_dict.MODEL_NAME)
+        with pytest.raises(pytest.fail.Exception, match=next(iter(change))):
+            stock("try_to_load", folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", STOCK)
