@@ -21,7 +21,7 @@ from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.processors.text import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from tests.goldens import use_sizes
 from tests.stock.conftest import Peer
-from tests.stock.policies import new_policy
+from tests.stock.policies import assert_starts_like_stock, new_policy
 
 pytestmark = [pytest.mark.lerobot, pytest.mark.usefixtures("stand_ins", "small")]
 
@@ -285,3 +285,8 @@ def test_adapters_are_used_and_trained_alike(stock: Peer, tmp_path: Path, name: 
     found |= {f"grad/{key}": value for key, value in named.items()}
     assert found.keys() == theirs.keys()
     assert_same(found, theirs)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_new_policies_start_like_stock_ones(stock: Peer, tmp_path: Path, name: str):
+    assert_starts_like_stock(stock, new_policy(OURS[name], ACTION), tmp_path)
