@@ -26,7 +26,7 @@ def main(folder: str, certificate: str, out: str) -> None:
         metadata = file.metadata()
     config = PreTrainedConfig.from_pretrained(folder)
     config.device = "cpu"
-    policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+    policy = load_strictly(folder, config)
     preprocess, postprocess = make_pre_post_processors(
         policy.config,
         pretrained_path=folder,
@@ -50,6 +50,25 @@ def main(folder: str, certificate: str, out: str) -> None:
     found = {f"preprocessed/{key}": batch[key] for key in config.input_features if key in batch}
     found |= {"chunk": chunk, "action": postprocess(chunk)}
     save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, Path(out))
+
+
+def load_strictly(folder: str, config: Any) -> Any:
+    """Load a policy; of what does not fit, LeRobot's pi0 and pi0.5 would print a line and go on."""
+    kind = get_policy_class(config.type)
+    problems: list[Exception] = []
+
+    def load_state_dict(policy: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return torch.nn.Module.load_state_dict(policy, *args, **kwargs)
+        except RuntimeError as problem:
+            problems.append(problem)
+            raise
+
+    with mock.patch.object(kind, "load_state_dict", load_state_dict):
+        policy = kind.from_pretrained(folder, config=config, strict=True)
+    if problems:
+        raise problems[0]
+    return policy
 
 
 def predict_chunk(policy: Any, batch: dict[str, Any], noise: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lerobot_jax.nn import initializers
 from lerobot_jax.nn.activations import gelu_tanh
 from lerobot_jax.nn.linear import Linear
 from lerobot_jax.nn.stack import Stack, scan_stacks
@@ -248,5 +249,6 @@ def _add(x: Array, change: Array, gate: Array | None) -> Array:
 
 
 def _linear(features: int, new_features: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(0.02)
+    # Gemma's would be normal(0.02), but LeRobot puts its own layers into the model after that is initialized.
+    init = initializers.torch_uniform
     return nnx.Linear(features, new_features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)

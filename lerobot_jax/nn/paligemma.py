@@ -157,7 +157,10 @@ class MultiModalProjector(nnx.Module):
     """From the image tower's width to the language model's."""
 
     def __init__(self, settings: PaliGemmaSettings, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.linear = Linear(settings.vision.hidden_size, settings.text.width, dtype=dtype, rngs=rngs)
+        inits = {"kernel_init": nnx.initializers.normal(0.02), "bias_init": nnx.initializers.zeros_init()}
+        self.linear = Linear(
+            settings.vision.hidden_size, settings.text.width, **inits, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "b l v"]) -> Float[Array, "b l d"]:
         return self.linear(x)

@@ -63,7 +63,8 @@ class SiglipVisionEmbeddings(nnx.Module):
 
     def __init__(self, settings: SiglipSettings, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, patch = settings.hidden_size, settings.patch_size
-        init = nnx.initializers.lecun_normal()
+        # LeCun's normal without its cut at two deviations, which transformers makes up for but does not make
+        init = nnx.initializers.normal((3 * patch**2) ** -0.5 / 0.87962566103423978)
         self.patch_embedding = nnx.Conv(3, d, (patch, patch), kernel_init=init, dtype=dtype, rngs=rngs)
         self.position_embedding = nnx.Embed(
             (image_size // patch) ** 2, d, embedding_init=nnx.initializers.normal(d**-0.5), rngs=rngs

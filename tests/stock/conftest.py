@@ -53,13 +53,18 @@ def run_command(*arguments: Any, folder: Path) -> str:
 
 
 class Peer:
-    """A process of tests/lerobot_peer.py: `peer("act", folder=...)` gives the arrays of its function `act`."""
+    """A process of tests/lerobot_peer.py: `peer("act", folder=...)` gives the arrays of its function `act`.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: for what it writes.
+        program: another file, which adds commands.
+    """
+
+    def __init__(self, folder: Path, program: Path = PEER):
         self._folder, self._log = folder, folder / "log.txt"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [lerobot_python(), PEER],
+                [lerobot_python(), program],
                 env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

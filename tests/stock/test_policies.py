@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lerobot_jax import convert, torch_state
+from lerobot_jax import convert
 from lerobot_jax.features import FeatureType, NormalizationMode, PolicyFeature
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import load_policy
@@ -16,7 +16,7 @@ from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
 from lerobot_jax.policies.vqbet import VQBeTConfig
 from tests.goldens import CLIP
 from tests.stock.conftest import Peer, lerobot_python
-from tests.stock.policies import new_policy
+from tests.stock.policies import assert_starts_like_stock, new_policy
 
 pytestmark = [pytest.mark.lerobot, pytest.mark.usefixtures("stand_ins")]
 
@@ -345,16 +345,5 @@ NEW = (
 
 @pytest.mark.parametrize("name", NEW)
 def test_new_policies_start_like_stock_ones(stock: Peer, tmp_path: Path, name: str):
-    """Every parameter is drawn from the same distribution: equal spread, up to sampling error."""
     policy = new_policy((OURS | DIFFUSION | MULTI_TASK_DIT | VQBET)[name], action=2)
-    ours = torch_state.to_torch(policy.module, policy.params, policy.buffers)
-    theirs = stock("initialize", config=policy.config.to_dict(), folder=tmp_path)
-    assert set(ours) == set(theirs)
-    for key, (mean, std, largest) in theirs.items():
-        value = ours[key]
-        error = 6 / np.sqrt(value.size)
-        scale = max(std, largest / 3)
-        assert abs(value.mean() - mean) <= error * scale + 1e-6, key
-        assert abs(value.std() - std) <= error * scale + 1e-6, key
-        if value.size > 20:  # of a few draws, the largest says nothing
-            assert np.abs(value).max() <= 1.5 * largest + 1e-6, key
+    assert_starts_like_stock(stock, policy, tmp_path)
