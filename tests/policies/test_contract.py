@@ -13,11 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import lerobot_jax.policies
-from lerobot_jax import torch_state
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import TASK, FeatureType
 from lerobot_jax.layer_decay import layer_factors
 from lerobot_jax.nn.execution import Execution, Remat
+from lerobot_jax.nn.weights import is_stacked
 from lerobot_jax.policies.base import FunctionalPolicy, config_class, load_policy, make_policy, policy_class
 from lerobot_jax.policies.config import group_of
 from lerobot_jax.sharding import MeshConfig, make_mesh, state_shardings
@@ -259,6 +259,9 @@ def test_saved_policies_load_unchanged(policy: FunctionalPolicy, tmp_path):
 
 def test_parameter_groups_name_parameters(policy: FunctionalPolicy):
     """Every pattern of a group matches something, so that none is a typing error."""
-    names = jax.tree.leaves(torch_state.dotted_names(policy.params))
-    matched = {group_of(name, policy.config.param_groups) for name in names}
+    groups, matched = policy.config.param_groups, set()
+    for path, x in flatten_dict(policy.params).items():
+        name = ".".join(map(str, path))
+        layers = range(len(x)) if is_stacked(name) else [None]
+        matched |= {group_of(name, groups, layer, len(layers)) for layer in layers}
     assert set(policy.config.param_groups) <= matched
