@@ -51,6 +51,8 @@ from lerobot_jax.sharding import MeshConfig
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 GROUP = 200_000_000  # numbers that are drawn together: their random bits are several times as large
+# Processors multiply in float32: else the compiler widens the weights of all layers before it goes through them.
+ONE_LAYER_AT_A_TIME = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
 SHARDED = ("create", "restore")  # what runs on several devices
 STAGES = ("create", "restore", "export", "import", "compare", "sample")
 
@@ -70,9 +72,10 @@ def main() -> None:
     print(f"{'step':<10} {'s':>6} {'peak, GiB':>10}  ", flush=True)
     try:
         for stage in STAGES:
-            environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
-            if stage in SHARDED:
-                environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+            num = args.devices if stage in SHARDED else 1
+            flags = f"{ONE_LAYER_AT_A_TIME} --xla_force_host_platform_device_count={num}"
+            root = str(Path(__file__).parents[1])
+            environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "XLA_FLAGS": flags}
             command = [sys.executable, __file__, f"--config={args.config}", f"--devices={args.devices}"]
             command += [f"--folder={folder}", f"--stage={stage}"]
             subprocess.run(command, env=os.environ | environment, check=True)

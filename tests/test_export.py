@@ -62,7 +62,10 @@ def chunk(policy: FunctionalPolicy, observation: dict[str, np.ndarray], seed: in
     return np.asarray(sample(policy.params, policy.buffers, observation, jax.random.key(seed)))
 
 
-@pytest.mark.parametrize("kind", ["act", "diffusion", pytest.param("multi_task_dit", marks=pytest.mark.slow)])
+KINDS = ["act", "pi0", *(pytest.param(k, marks=pytest.mark.slow) for k in ("diffusion", "multi_task_dit"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_process_without_the_package_gives_the_same_actions(kind: str, tmp_path: Path):
     policy = make(kind)
     export.export_policy(policy, tmp_path / f"{kind}.safetensors", ["cpu"])

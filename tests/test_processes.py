@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lerobot_jax import certificate, checkpoint
+from lerobot_jax import certificate, checkpoint, convert
 from lerobot_jax.distributed import Address, find_address
 from lerobot_jax.errors import InputError
 from lerobot_jax.metrics import read_metrics
@@ -146,6 +146,22 @@ def test_two_processes_are_one_and_one_goes_on(run: Run):
     assert_close(run.output, run.folder / "alone")
     policy = load_policy(run.output / "checkpoints/000003/pretrained_model")
     certificate.check_actions(policy, run.output / "checkpoints/000003/pretrained_model")
+
+
+@pytest.mark.slow
+def test_processes_begin_with_the_same_weights(run: Run):
+    """Each device of each process gets its part of a policy's arrays, in float32, however they are stored."""
+    more = [*EXACT, "--config.steps=2", "--config.mesh.fsdp=4", "--config.mesh.min_shard_size=64"]
+    run.start(1, 4, more, name="first").succeed()
+    half = run.folder / "half"
+    source = run.folder / "first/checkpoints/last/pretrained_model"
+    convert.from_torch(convert.FromTorch(str(source), str(half), dtype="bfloat16"))
+    more += [f"--config.policy.pretrained_path={half}", "--config.freeze", r"model\.encoder\.layers"]
+    one = run.start(1, 4, more, name="one")
+    two = run.start(2, 2, more, name="two")
+    one.succeed()
+    two.succeed()
+    assert_close(run.folder / "two", run.folder / "one")
 
 
 @pytest.mark.slow

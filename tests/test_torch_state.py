@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import weakref
 from pathlib import Path
 
 import jax
@@ -238,3 +240,30 @@ def test_large_transposed_matrices_are_copied_exactly():
         copy = torch_state.contiguous(matrix.T)
         assert copy.flags.c_contiguous
         assert copy.tobytes() == matrix.T.tobytes()
+
+
+def test_few_arrays_are_on_the_host_at_a_time(tmp_path: Path):
+    """Each goes to the devices before the next but a few are read."""
+    read_so_far: list[weakref.ref] = []
+    policy = load_policy(FOLDERS[0])
+    stored = torch_state.to_torch(policy.module, policy.params, policy.buffers)
+
+    def read(tensor: state_dict.Tensor) -> np.ndarray:
+        array = tensor.read().copy()
+        read_so_far.append(weakref.ref(array))
+        return array
+
+    tensors = {
+        key: tensor._replace(read=functools.partial(read, tensor)) for key, tensor in stored.tensors.items()
+    }
+    most = 0
+
+    def put(path, array):
+        nonlocal most
+        most = max(most, sum(each() is not None for each in read_so_far))
+        return jnp.array(array, copy=True)
+
+    params, _ = torch_state.from_torch(policy.module, StateDict(tensors), put=put)
+    assert len(tensors) > 50
+    assert most <= 3 * state_dict.NUM_THREADS
+    jax.tree.map(np.testing.assert_array_equal, params, policy.params)
