@@ -39,6 +39,7 @@ from lerobot_jax.config import option_values, parse
 from lerobot_jax.errors import InputError, reported_on_one_line, writing
 from lerobot_jax.exported import FORMAT, NAME, PROGRAM, WEIGHTS
 from lerobot_jax.logs import setup_logging
+from lerobot_jax.nn.weights import as_computed, cast_types
 from lerobot_jax.policies.base import FunctionalPolicy, find_policy, load_config, load_policy
 from lerobot_jax.policies.config import PolicyConfig
 from lerobot_jax.processors.text import TextStep
@@ -91,6 +92,8 @@ def export_policy(
     """
     if path.exists():
         raise InputError(f"{path} exists already; choose another --output")
+    params = as_computed(policy.params, cast_types(policy.module))  # the same actions, half of the file
+    policy = policy.replace(params=params)
     observation = policy.tokenize(make_observations(policy))
     inputs = {
         name: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)

@@ -288,8 +288,10 @@ class RecordedRunner(Runner):
         return self.policy.postprocess(actions, observation)
 
 
-def test_optimizer_steps(golden: Golden, tmp_path: Path):
-    policy = load(golden, tmp_path, with_dropout=False)
+def optimizer_steps(
+    golden: Golden, policy: FunctionalPolicy
+) -> tuple[list[jax.Array], list[jax.Array], dict[str, Any], dict[str, Any]]:
+    """Make the recorded updates; give losses, norms of gradients, parameters and buffers."""
     batch = policy.preprocess(golden.inputs("raw/"))
     config = TrainConfig(policy=policy.config, steps=10)
     params, frozen = trainable.split(config, policy.params)
@@ -314,9 +316,15 @@ def test_optimizer_steps(golden: Golden, tmp_path: Path):
         params, buffers, opt_state, loss, norm = train_step(params, buffers, opt_state, given)
         losses.append(loss)
         norms.append(norm)
+    return losses, norms, trainable.combine(params, frozen), buffers
+
+
+def test_optimizer_steps(golden: Golden, tmp_path: Path):
+    policy = load(golden, tmp_path, with_dropout=False)
+    losses, norms, params, buffers = optimizer_steps(golden, policy)
     assert_close(golden, "train_steps/loss", losses)
     assert_close(golden, "train_steps/grad_norm", norms)
-    named = torch_state.to_torch(policy.module, trainable.combine(params, frozen), buffers)
+    named = torch_state.to_torch(policy.module, params, buffers)
     summary = packed(named, golden.meta["grad_names"]["train_steps_state"])
     names = golden.meta["grad_names"]["train_steps_state"]
     is_noise = np.array([name in without_gradient(golden) for name in names])

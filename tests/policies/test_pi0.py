@@ -26,7 +26,7 @@ from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
 from tests.goldens import ROOT, Golden, use_sizes
-from tests.test_golden import KEY, draws, packed
+from tests.test_golden import KEY, draws, optimizer_steps, packed
 
 TINY = PI0Config.tiny()
 HALF = ROOT / "pi0" / "bf16_s0"
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_saved_as_it_was(golden: Golden, tmp_path: Path):
 
 
 def computed(golden: Golden, dtype: str) -> dict[str, np.ndarray]:
-    """Compute a golden's loss, gradients and actions from its weights in another type."""
+    """Compute a golden's loss, gradients, actions and updates from its weights in another type."""
     folder = golden.path / "model"
     policy = load_policy(folder, config=dataclasses.replace(load_config(folder), dtype=dtype))
     if dtype == "float32":
@@ -148,6 +148,9 @@ def computed(golden: Golden, dtype: str) -> dict[str, np.ndarray]:
     grads = packed(named, golden.meta["grad_names"]["loss"])
     found = {"loss/info/loss_per_dim": np.stack([*metrics.values()]), "loss_none/loss": losses}
     found |= {f"loss/grad_{name}": values for name, values in grads.items()} | {"chunk/action": actions}
+    masters = jax.tree.map(lambda x: x.astype(jnp.float32), policy.params)
+    losses, norms, *_ = optimizer_steps(golden, policy.replace(params=masters))
+    found |= {"train_steps/loss": np.stack(losses), "train_steps/grad_norm": np.stack(norms)}
     return {key: np.asarray(value, np.float64) for key, value in found.items()}
 
 
