@@ -123,7 +123,7 @@ def draw_state(program: Program, policy: FunctionalPolicy) -> dict[str, Any]:
 
     def draw(paths: list[Any], key: jax.Array) -> dict[Any, jax.Array]:
         params, buffers = policy.init(jax.random.wrap_key_data(key))
-        arrays = flatten_dict({"params": params, "buffers": buffers})
+        arrays: dict[Any, Any] = {**flatten_dict({"params": params, "buffers": buffers})}
         return {path: arrays[path].astype(kept_type(arrays[path].dtype)) for path in paths}
 
     drawn = {}

@@ -289,7 +289,9 @@ def restore(run_dir: Path, step: int, target: Tree) -> Tree:
     """
     path = run_dir.resolve() / CHECKPOINTS / f"{step:06d}" / TRAINING_STATE
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler(**_read_limit(target))) as checkpointer:
+        with ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(restore_concurrent_gb=_read_limit(target))
+        ) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise InputError(
@@ -316,7 +318,9 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
     params, buffers = jax.eval_shape(policy.init, jax.random.key(0))
     target: Tree = {"params": params, "buffers": buffers}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_read_limit(target))) as checkpointer:
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_read_limit(target))
+        ) as checkpointer:
             stored = checkpointer.metadata(folder.resolve()).item_metadata.tree
             has_ema = "ema" in stored
             if which == "ema" and not has_ema:
@@ -346,10 +350,10 @@ def restore_weights(policy: FunctionalPolicy, folder: Path, which: str | None) -
     return policy.replace(**weights)
 
 
-def _read_limit(target: Tree) -> dict[str, int]:
-    """Tell Orbax how much may be in the host's memory on the way to the devices: the largest array, twice."""
+def _read_limit(target: Tree) -> int:
+    """Tell how many GB may be in the host's memory on the way to the devices: those of the largest array, twice."""
     largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target))
-    return {"restore_concurrent_gb": 1 + math.ceil(2 * largest / 1e9)}
+    return 1 + math.ceil(2 * largest / 1e9)
 
 
 def _stored_shapes(stored: Tree, params: Tree) -> Tree:

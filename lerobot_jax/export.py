@@ -99,10 +99,8 @@ def export_policy(
         name: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
         for name, value in observation.items()
     }
-    arrays = {
-        ".".join(map(str, place)): (place, x)
-        for place, x in flatten_dict({"params": policy.params, "buffers": policy.buffers}).items()
-    }
+    flat: dict[Any, Any] = {**flatten_dict({"params": policy.params, "buffers": policy.buffers})}
+    arrays = {".".join(map(str, place)): (place, x) for place, x in flat.items()}
     lower = functools.partial(_export, policy, inputs, platforms)
     used = lower(arrays, arrays).module_kept_var_idx
     names = [name for i, name in enumerate(sorted(arrays)) if i in used]

@@ -41,7 +41,7 @@ class ExportedPolicy:
             versions that made it, and of a policy that is told what to do, how its `tokens` are made.
     """
 
-    def __init__(self, path: str | Path, device: jax.Device | None = None):
+    def __init__(self, path: str | Path, device: Any = None):
         """Read the file and compile its program, so that the first actions do not wait for it.
 
         Args:
@@ -132,7 +132,7 @@ def _opened(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a safetensors file, or an incomplete one ({error})") from None
 
 
-def _check_platform(description: Mapping[str, Any], device: jax.Device, path: str | Path) -> None:
+def _check_platform(description: Mapping[str, Any], device: Any, path: str | Path) -> None:
     names = {"gpu": ("cuda", "rocm")}.get(device.platform, (device.platform,))
     if not set(names) & set(description["platforms"]):
         known = ", ".join(description["platforms"])
