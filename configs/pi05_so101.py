@@ -4,9 +4,9 @@
     python -m lerobot_jax.train --config=configs/pi05_so101.py:expert --config.dataset.repo_id=USER/NAME
     python -m lerobot_jax.train --config=configs/pi05_so101.py:lora --config.dataset.repo_id=USER/NAME
 
-Cameras are named as in the dataset, here `front` and `wrist`; `--config.rename_map='{"observation.images.top":
-"observation.images.front"}'` renames, and one of the two may be missing. A dataset needs the quantiles q01 and q99
-in its statistics; LeRobot writes them since its datasets are of version 3. The result runs on the arm with
+Cameras are named as in the dataset, here `front` and `wrist`; one of the two may be missing, and
+`--config.rename_map observation.images.top observation.images.front` renames. To start from a folder, change
+pretrained_path in a copy of this file. The result runs on the arm with
 `lerobot-rollout --policy.path=outputs/pi05_so101/checkpoints/last/pretrained_model`, see docs/robot.md.
 """
 

@@ -5,8 +5,9 @@
     python -m lerobot_jax.train --config=configs/pi0_libero.py:lora                    # adapters: one GPU
 
 Ask `python -m lerobot_jax.plan --config=configs/pi0_libero.py --topology=v5e:8x8` first what
-your devices hold. All three compute in bfloat16; what is trained is kept in float32. The numbers are openpi's for
-LIBERO: 30,000 steps of 32 samples, a cosine from 2.5e-5, an average of the weights (not of adapters). The tokenizer
+your devices hold. All three compute in bfloat16; what is trained is kept in float32. Steps, batch,
+schedule and the average of the weights (not of adapters) are openpi's for LIBERO. To start from a folder, change
+pretrained_path in a copy of this file. The tokenizer
 is that of google/paligemma-3b-pt-224, whose terms one accepts on the Hub.
 """
 

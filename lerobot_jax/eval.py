@@ -87,7 +87,9 @@ def evaluate(
     episodes = run_episodes(runner, env, config, seed=seed, output_dir=output_dir, should_stop=should_stop)
     if episodes is None:
         return None
-    return summarize(str(env.type), episodes, time.monotonic() - start, runner.inference_delay)
+    info = summarize(str(env.type), episodes, time.monotonic() - start, runner.inference_delay)
+    info["overall"]["chunk_latency_p95_s"] = runner.latency.p95()
+    return info
 
 
 def run_episodes(

@@ -73,7 +73,7 @@ class ExportConfig:
     def platform_names(self) -> list[str]:
         """The platforms, one by one."""
         here = BACKENDS.get(jax.default_backend(), jax.default_backend())
-        return (here if self.platforms is None else self.platforms).split(",")
+        return [name.strip() for name in (self.platforms or here).split(",")]
 
 
 def export_policy(
@@ -193,8 +193,17 @@ def load_export_config(argv: Sequence[str]) -> tuple[str, ExportConfig]:
 
 def main(argv: Sequence[str]) -> None:
     path, config = load_export_config(argv)
+    output = Path(config.output)
+    if output.exists() or not output.absolute().parent.is_dir():
+        reason = "exists already" if output.exists() else "is in no folder that there is"
+        raise InputError(f"--output={output} {reason}; choose another")
+    rtc = getattr(config.policy, "rtc_config", None)
+    if rtc is not None and rtc.enabled:
+        raise InputError(
+            "policy.rtc_config: an exported program takes no old chunk; give --policy.rtc_config.enabled=False"
+        )
     policy = load_policy(path, config=config.policy)
-    described = export_policy(policy, Path(config.output), config.platform_names, config.batch_size)
+    described = export_policy(policy, output, config.platform_names, config.batch_size)
     for name, entry in described["inputs"].items():
         logging.info("input %s: %s %s", name, entry["dtype"], tuple(entry["shape"]))
     logging.info("actions: %s", tuple(described["output"]["shape"]))

@@ -17,6 +17,7 @@ has a threshold for the actions that are left.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.features import ACTION, TASK, FeatureType
 from lerobot_jax.nn.weights import as_computed, cast_types
 from lerobot_jax.processors.text import tasks_of
-from lerobot_jax.rtc_queue import DelayedQueue, check_delay
+from lerobot_jax.rtc_queue import DelayedQueue, LatencyTracker, check_delay
 
 if TYPE_CHECKING:
     from lerobot_jax.policies.base import FunctionalPolicy
@@ -93,6 +94,9 @@ class Runner:
     Every episode is computed by itself, by the same compiled function whatever the batch size, and its noise
     depends on the seed, the episode and the step only. So an episode does not depend on its neighbours, and an
     evaluation computes exactly what a robot will run.
+
+    Attributes:
+        latency: how long chunks took, from the observation to the actions; a share each of those computed together.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Runner:
         self._episode = list(range(batch_size))
         self._step = [0] * batch_size
         self._has_begun = False
+        self.latency = LatencyTracker()
 
     def load(self, params: dict[str, Any], buffers: dict[str, Any], seed: int) -> None:
         """Run with other weights, and noise of this seed, from now on."""
@@ -156,7 +161,7 @@ class Runner:
         """
         inputs, tasks = self._inputs(observation), self._tasks(observation)
         wanted = range(len(self._execution)) if slots is None else slots
-        chunks = {}
+        chunks, started = {}, time.monotonic()
         for i in wanted:
             # Copies: environments and cameras may write the next observation into the same arrays.
             self._history[i].append({key: value[i : i + 1].copy() for key, value in inputs.items()})
@@ -169,6 +174,8 @@ class Runner:
                 chunks[i] = (chunk,) if self._rtc is None else chunk
         for i, chunk in chunks.items():  # after all have been started
             self._execution[i].add(*(np.asarray(actions)[0] for actions in chunk))
+        if chunks:
+            self.latency.add((time.monotonic() - started) / len(chunks))
         result = np.zeros((len(self._execution), *self.policy.config.action_feature.shape), np.float32)
         for i in wanted:
             result[i] = self._execution[i].next_action()

@@ -16,7 +16,17 @@ from lerobot_jax.metrics import METRICS_NAME, read_metrics
 SEEDS_NAME = "seeds.json"
 SUCCESS = "pc_success"
 # About the run rather than the policies, or the same for all of them.
-LEFT_OUT = ("step", "lr", "steps_per_s", "samples_per_s", "data_wait", "eval_s", "eval_ep_s", "n_episodes")
+LEFT_OUT = (
+    "step",
+    "lr",
+    "steps_per_s",
+    "samples_per_s",
+    "data_wait",
+    "eval_s",
+    "eval_ep_s",
+    "n_episodes",
+    "chunk_latency_p95_s",
+)
 
 
 def summarize(runs: Sequence[TrainConfig], folder: Path) -> str:

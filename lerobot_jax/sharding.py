@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lerobot_jax import distributed
 from lerobot_jax.errors import InputError
 from lerobot_jax.nn.execution import BATCH_AXES, Execution
-from lerobot_jax.nn.weights import is_stacked
+from lerobot_jax.nn.weights import ADAPTER_PARTS, is_stacked
 from lerobot_jax.state_dict import empty_aligned
 
 AXES = ("data", "fsdp", "tensor")
@@ -166,6 +166,8 @@ def state_shardings(execution: Execution, tree: Any) -> Any:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ADAPTER_PARTS:
+            names.append(path[-1].name)
         name = ".".join(map(str, names))
         spec = execution.partition(name, leaf.shape, is_stacked=is_stacked(name) and len(leaf.shape) > 0)
         return NamedSharding(mesh, spec)

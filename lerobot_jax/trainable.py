@@ -39,7 +39,8 @@ def split(config: TrainConfig, params: Tree, whole: Collection[Path] | None = No
             raise InputError(
                 f"freeze: no parameter's name begins like '{pattern}'; there is {min(names.values())}"
             )
-    patterns = (*config.freeze, *config.policy.frozen_params)
+    # As in LeRobot, adapters on what the policy freezes are trained; the rest is frozen with adapters anyway.
+    patterns = config.freeze if whole is not None else (*config.freeze, *config.policy.frozen_params)
     for path, array in arrays.items():
         is_frozen = any(re.match(pattern, names[path]) for pattern in patterns)
         is_frozen |= whole is not None and not lora.is_trained(path, whole)

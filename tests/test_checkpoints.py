@@ -115,10 +115,10 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(
     shutil.rmtree(run / "checkpoints/000020")
     original = checkpoint_writer.FunctionalPolicy.save_pretrained
 
-    def full(self, folder, certified):
+    def full(self, folder, certified, **settings):
         if "000020" in str(folder):
             raise OSError(28, "No space left on device", str(folder))
-        original(self, folder, certified)
+        original(self, folder, certified, **settings)
 
     monkeypatch.setattr(checkpoint_writer.FunctionalPolicy, "save_pretrained", full)
     with pytest.raises(InputError, match=r"000020: could not save .*No space left.*last good one is 000010"):

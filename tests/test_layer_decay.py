@@ -43,6 +43,8 @@ SETTINGS = {
         {"use_rope": False, "use_positional_encoding": True, "inputs": ENV},
         {"num_layers": 5},
     ],
+    "pi0": [{"train_expert_only": True}],
+    "pi05": [],
     "vqbet": [{"gpt_n_layer": 5}, {"vision_backbone": "resnet34w4"}],
 }
 

@@ -119,4 +119,4 @@ def test_a_recipe_fine_tunes_a_base_model(tmp_path: Path, recipe: str, variant: 
     assert not any("lm_head" in name for name in changed)
     assert any("language_model.layers" in name for name in changed) == (variant != "expert")
     assert any("vision_tower" in name for name in changed) == (variant == "")
-    assert (folder.parent / "pretrained_model" / "adapter").exists() == (variant == "lora")
+    assert (folder.parent / checkpoint.ADAPTER).exists() == (variant == "lora")

@@ -114,13 +114,16 @@ def name_joints(
     if isinstance(names, Mapping):  # {"motors": [...]}, or {name: place}
         grouped = [name for group in names.values() if isinstance(group, list | tuple) for name in group]
         names = grouped or list(names)
-    known = None
+    known = target.action_names
     if names is not None and len(names) == features[ACTION]["shape"][0]:
         known = tuple(map(str, names))
     for joint in () if is_absolute else filter(None, target.exclude_joints):
         if not any(joint.lower() in name.lower() for name in known or ()):
             has = f"names {', '.join(known)}" if known else "does not name its action's dimensions"
-            raise InputError(f"action_target.exclude_joints: no joint is called '{joint}'; the dataset {has}")
+            raise InputError(
+                f"action_target.exclude_joints (LeRobot's relative_exclude_joints): no joint is called '{joint}'; "
+                f"the dataset {has}"
+            )
     return dataclasses.replace(target, action_names=known)
 
 

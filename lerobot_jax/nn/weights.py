@@ -20,6 +20,7 @@ from lerobot_jax.nn.linear import WholeEmbedding
 Path = tuple[Any, ...]  # names and list positions from a module down to an array
 
 CAST = ("kernel", "in_proj_weight")  # what layers with a `dtype` cast to it
+ADAPTER_PARTS = ("left", "right")  # of a `LoraWeight`, which lie on the devices by rules of their own
 LOOKED_UP = "embedding"  # the name of `nnx.Embed`'s table
 
 

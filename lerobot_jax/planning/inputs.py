@@ -38,7 +38,7 @@ def describe_run(config: TrainConfig) -> tuple[list[Source], list[FunctionalPoli
 
 
 def weights_at_hand(policy: FunctionalPolicy) -> PolicyWeights | None:
-    """Open the weights that training would start from, if they are on this machine."""
+    """Open the weights that training would start from, if `pretrained_path` is a folder here."""
     path = policy.config.pretrained_path
     return base.open_policy(Path(path), policy.config)[1] if path and Path(path).is_dir() else None
 

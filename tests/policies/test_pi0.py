@@ -235,12 +235,16 @@ def test_impossible_settings_are_named():
         blind.check_features()
 
 
-def test_both_ways_to_ask_for_relative_actions_agree():
+def test_the_target_is_what_lerobot_s_settings_say():
     relative = dataclasses.replace(TINY, use_relative_actions=True, relative_exclude_joints=("gripper",))
     assert relative.action_target.representation == "relative"
     assert relative.action_target.exclude_joints == ("gripper",)
-    again = dataclasses.replace(TINY, action_target=relative.action_target)
-    assert again.to_dict() == relative.to_dict()
+    for other in ((), ("wrist", "gripper")):
+        changed = dataclasses.replace(relative, relative_exclude_joints=other)
+        assert changed.action_target.exclude_joints == other
+    for settings in ({"action_target": relative.action_target}, {}):
+        with pytest.raises(ValueError, match="use_relative_actions=False contradicts"):
+            dataclasses.replace(TINY if settings else relative, use_relative_actions=False, **settings)
     named = dataclasses.replace(TINY, action_target=ActionTarget("absolute", ("x",), action_names=("x", "y")))
     assert (named.relative_exclude_joints, named.action_feature_names) == (("x",), ("x", "y"))
     assert named.action_target == ABSOLUTE

@@ -44,6 +44,9 @@ def test_recorded_folders_are_what_the_variants_say(policy: str, name: str):
 
 def test_every_recorded_folder_has_a_variant():
     folders = {(path.parent.parent.name, path.parent.name) for path in ROOT.glob("*/*/meta.json")}
+    folders = {
+        (policy, name) for policy, name in folders if policy not in ("pi0", "pi05")
+    }  # recorded elsewhere
     assert folders == {(policy, f"{name}_s0") for policy, name in VARIANTS}
 
 

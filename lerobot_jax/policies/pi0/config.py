@@ -76,7 +76,7 @@ class PI0Config(PolicyConfig):
     max_period: float = 4.0
     """Longest period."""
     use_relative_actions: bool = False
-    """Predict actions minus the state; short for action_target.representation=relative."""
+    """Predict actions minus the state."""
     relative_exclude_joints: tuple[str, ...] = ("gripper",)
     """Joints that stay absolute then: all whose name contains one of these."""
     action_feature_names: tuple[str, ...] | None = None
@@ -133,17 +133,18 @@ class PI0Config(PolicyConfig):
         self._agree_on_target()
 
     def _agree_on_target(self) -> None:
-        """Let LeRobot's settings and `action_target` say the same, so that either can be read."""
+        """Let `action_target` say what LeRobot's settings say; but a dataset's names of joints count."""
         target = self.action_target
-        joints = target.exclude_joints or self.relative_exclude_joints
+        if target.representation == "delta":
+            return
+        joints = self.relative_exclude_joints
         names = target.action_names or self.action_feature_names
-        if self.use_relative_actions or target.representation == "relative":
-            if target.representation == "relative":
-                joints, names = target.exclude_joints, target.action_names
-            target = dataclasses.replace(target, representation="relative", exclude_joints=joints)
-            target = dataclasses.replace(target, action_names=names)
-            object.__setattr__(self, "use_relative_actions", True)
-        elif target.representation == "absolute":
+        if self.use_relative_actions:
+            target = dataclasses.replace(
+                target, representation="relative", exclude_joints=tuple(joints), action_names=names
+            )
+        else:  # LeRobot's step is saved even then, with these in it
+            joints = target.exclude_joints or joints
             target = dataclasses.replace(target, exclude_joints=(), action_names=None)
         object.__setattr__(self, "action_target", target)
         object.__setattr__(self, "relative_exclude_joints", tuple(joints))
@@ -198,8 +199,14 @@ class PI0Config(PolicyConfig):
         for name in ("empty_cameras", "optimizer_lr", "optimizer_eps", "optimizer_weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.use_relative_actions and self.action_target.representation == "delta":
+        representation = self.action_target.representation
+        if self.use_relative_actions and representation == "delta":
             raise ValueError("use_relative_actions contradicts action_target.representation=delta")
+        if not self.use_relative_actions and representation == "relative":
+            raise ValueError(
+                "use_relative_actions=False contradicts action_target.representation=relative; say it by "
+                "use_relative_actions, relative_exclude_joints and action_feature_names, or change both"
+            )
 
     @property
     def compute_dtype(self) -> jnp.dtype:

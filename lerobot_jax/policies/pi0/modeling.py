@@ -1,8 +1,8 @@
 """pi0: flow matching by an action expert that attends to what a vision-language model reads.
 
 Paper: "pi0: A Vision-Language-Action Flow Model for General Robot Control" (https://arxiv.org/abs/2410.24164).
-Mirrors `lerobot.policies.pi0.modeling_pi0.PI0Policy`. As there, time goes from 1 (noise) to 0 (actions), and padded
-actions count in the loss.
+Mirrors `lerobot.policies.pi0.modeling_pi0.PI0Policy`. As there, time goes from 1 (noise) to 0 (actions), and
+actions after an episode's end count in the loss.
 
 Differences that change no number: all cameras go through the image tower at once, and those that a batch lacks not
 at all, since nothing would attend to them; the prefix is read once, and its keys and values serve all steps.
@@ -150,8 +150,8 @@ class PI0Policy(Policy):
         size = self.config.image_resolution
         images = [resize_with_pad(batch[key], *size) * 2 - 1 for key in cameras]
         # In a mixture of datasets, some samples lack a camera that others have.
-        everywhere = jnp.zeros(len(batch[OBS_STATE]), bool)
-        is_shown = ~jnp.stack([batch.get(f"{key}_is_pad", everywhere) for key in cameras], axis=1)
+        nowhere = jnp.zeros(len(batch[OBS_STATE]), bool)
+        is_shown = ~jnp.stack([batch.get(f"{key}_is_pad", nowhere) for key in cameras], axis=1)
         return self.model.embed_prefix(
             images, is_shown, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
         )
@@ -166,7 +166,6 @@ class PI0Model(nnx.Module):
     """The networks, from tokens, images, state and noisy actions to the velocity."""
 
     is_adaptive = False
-    # Which part of the suffix each token is in; it sees its own part and those before.
     num_state_tokens = 1
 
     def __init__(self, config: PI0Config, *, rngs: nnx.Rngs):
