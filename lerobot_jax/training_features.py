@@ -19,7 +19,10 @@ Features = dict[str, PolicyFeature]
 
 
 def policy_features(config: TrainConfig, sources: Sequence["Source"]) -> tuple[Features, Features]:
-    """Give the policy's inputs and outputs: its own, or what the datasets have; vectors as wide as the widest."""
+    """Give the policy's inputs and outputs: its own, or what the datasets have; vectors as wide as the widest.
+
+    Of a policy that pads vectors, they are as wide as the datasets', whatever robots it has seen before.
+    """
     offered: Features = {}
     chosen = {**config.policy.input_features, **config.policy.output_features}
     for source in sources:
@@ -38,12 +41,21 @@ def policy_features(config: TrainConfig, sources: Sequence["Source"]) -> tuple[F
     outputs = config.policy.output_features or found_outputs
     inputs = config.policy.input_features or {k: f for k, f in offered.items() if k not in found_outputs}
     inputs = {**inputs, **config.policy.added_inputs}
+    if config.policy.pads_vectors:
+        inputs, outputs = (_as_wide_as(offered, features) for features in (inputs, outputs))
     for name, features in (("input", inputs), ("output", outputs)):
         for key, feature in features.items():
             for source in sources:
                 where = f"policy.{name}_features"
                 _check_offered(where, key, feature, source, config.policy, padded=len(sources) > 1)
     return inputs, outputs
+
+
+def _as_wide_as(offered: Features, features: Features) -> Features:
+    return {
+        key: offered[key] if len(feature.shape) == 1 and key in offered else feature
+        for key, feature in features.items()
+    }
 
 
 def check_cameras(config: TrainConfig, source: "Source", policy: PolicyConfig) -> None:

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from lerobot_jax import certificate, state_dict, train, train_step
+from lerobot_jax import certificate, state_dict, train, train_step, training_data
 from lerobot_jax.config import DatasetConfig, SourceConfig, TrainConfig
 from lerobot_jax.errors import InputError
 from lerobot_jax.features import FeatureType, PolicyFeature
 from lerobot_jax.policies.base import FunctionalPolicy, load_policy, make_policy
+from lerobot_jax.policies.pi0 import PI0Config
+from lerobot_jax.training_features import policy_features
 from tests.data.recordings import FEATURES, record
 from tests.test_training_text import RECIPE, STATE, TOKENIZERS, opened
 from tests.toy_vla import SIDE, TOP, Config
@@ -83,6 +85,18 @@ def test_a_mixture_has_images_as_large_as_its_datasets(root: Path, tmp_path: Pat
     sources = (sources[0], SourceConfig("test/three", root=str(third)))
     with pytest.raises(InputError, match=r"dataset.image_size can make images equal"):
         opened(dataclasses.replace(config, dataset=DatasetConfig(mixture=sources)))
+
+
+def test_a_base_model_of_wider_robots_takes_the_datasets_widths(root: Path):
+    tiny = PI0Config.tiny()
+    wide = {STATE: PolicyFeature(FeatureType.STATE, (8,)), TOP: tiny.image_features[TOP]}
+    policy = dataclasses.replace(
+        tiny, input_features=wide, output_features={"action": PolicyFeature(FeatureType.ACTION, (8,))}
+    )
+    config = TrainConfig(policy=policy, dataset=DatasetConfig(repo_id="test/recorded", root=str(root)))
+    inputs, outputs = policy_features(config, training_data.open_sources(config))
+    assert (inputs[STATE].shape, outputs["action"].shape) == ((3,), (2,))
+    assert inputs[TOP] == wide[TOP]
 
 
 def test_a_dataset_without_any_camera_is_refused(tmp_path: Path):

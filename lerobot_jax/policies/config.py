@@ -131,6 +131,11 @@ class PolicyConfig(abc.ABC):
         return False
 
     @property
+    def pads_vectors(self) -> bool:
+        """Whether states and actions of any width up to a maximum suit the same weights."""
+        return False
+
+    @property
     def optional_cameras(self) -> bool:
         """Whether the policy does without cameras that a batch does not have, as long as it has one."""
         return False

@@ -235,6 +235,10 @@ class PI0Config(PolicyConfig):
         return True
 
     @property
+    def pads_vectors(self) -> bool:
+        return True
+
+    @property
     def optional_cameras(self) -> bool:
         return True
 
