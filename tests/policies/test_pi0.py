@@ -65,7 +65,9 @@ def test_what_the_networks_read_is_stock_s(golden: Golden):
     for key, expected in zip(cameras, internals["images"], strict=False):
         seen = resize_with_pad(batch[key], *module.config.image_resolution) * 2 - 1
         np.testing.assert_allclose(seen, np.moveaxis(expected, 1, -1), atol=1e-5)
-    embedded, is_token = module._prefix(batch)
+    embedded, is_token = jax.jit(lambda params: bound(policy.replace(params=params))._prefix(batch))(
+        policy.params
+    )
     # Stock embeds cameras that are not there, too, and masks them.
     num_patches = (module.config.image_resolution[0] // 14) ** 2
     is_there = np.repeat(internals["img_masks"][:, 0], num_patches)
@@ -83,29 +85,24 @@ def test_what_the_networks_read_is_stock_s(golden: Golden):
     np.testing.assert_array_equal(parts - parts[0], blocks - blocks[0])
 
 
-def test_a_cached_prefix_gives_the_same_velocity(golden: Golden):
+def test_a_cached_prefix_and_a_time_for_each_action_give_the_same_velocity(golden: Golden):
     policy = load_policy(golden.path / "model")
-    batch, module = policy.preprocess(golden.inputs("raw/")), bound(policy)
-    prefix = module._prefix(batch)
-    noisy = jax.random.normal(KEY, (2, policy.config.chunk_size, module.config.max_action_dim))
-    suffix = module._suffix(batch, noisy, jnp.array([0.3, 0.9]))
-    at_once = module.model.velocity(prefix, suffix)
-    after = module.model.velocity_after(module.model.read(prefix), prefix[1], suffix)
+    batch = policy.preprocess(golden.inputs("raw/"))
+    chunk, width = policy.config.chunk_size, policy.config.max_action_dim  # pyright: ignore
+    noisy, time = jax.random.normal(KEY, (2, chunk, width)), jnp.array([0.3, 0.9])
+
+    @jax.jit
+    def velocities(params):
+        module = bound(policy.replace(params=params))
+        model, prefix = module.model, module._prefix(batch)
+        suffix = module._suffix(batch, noisy, time)
+        of_each = module._suffix(batch, noisy, jnp.broadcast_to(time[:, None], (2, chunk)))
+        after = model.velocity_after(model.read(prefix), prefix[1], suffix)
+        return model.velocity(prefix, suffix), model.velocity(prefix, of_each), after
+
+    at_once, of_each, after = velocities(policy.params)
+    np.testing.assert_allclose(of_each, at_once, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after, at_once, rtol=1e-4, atol=1e-5)
-
-
-def test_a_time_for_each_action_is_that_of_the_sample_if_they_are_equal(golden: Golden):
-    policy = load_policy(golden.path / "model")
-    batch, module = policy.preprocess(golden.inputs("raw/")), bound(policy)
-    chunk = policy.config.chunk_size
-    noisy = jax.random.normal(KEY, (2, chunk, module.config.max_action_dim))
-    time = jnp.array([0.3, 0.9])
-    prefix = module._prefix(batch)
-    velocities = [
-        module.model.velocity(prefix, module._suffix(batch, noisy, each))
-        for each in (time, jnp.broadcast_to(time[:, None], (2, chunk)))
-    ]
-    np.testing.assert_allclose(*velocities, rtol=1e-5, atol=1e-6)
 
 
 def test_times_are_embedded_as_in_float64():
@@ -293,7 +290,7 @@ def test_a_camera_is_masked_where_a_sample_lacks_it():
     """As in a mixture of datasets: what such a sample shows there does not count, and others see it."""
     config = dataclasses.replace(TINY, normalization_mapping={})
     policy = base.make_policy(config, {})
-    params, buffers = policy.init(KEY)
+    params, buffers = jax.jit(policy.init)(KEY)
     rng = np.random.default_rng(0)
     top, wrist = config.image_features
     rows = {
