@@ -7,18 +7,11 @@ A folder holds `model/` (what LeRobot's save_pretrained wrote), `batch.safetenso
 import json
 import math
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors.numpy
-
-from lerobot_jax.nn.gemma import GEMMA_SIZES, GemmaSettings
-from lerobot_jax.nn.paligemma import PALIGEMMA_SIZES, PaliGemmaSettings
-from lerobot_jax.nn.siglip import SiglipSettings
-from lerobot_jax.policies import base
 
 ROOT = Path(__file__).parent / "golden"
 HUB = ROOT / "hub"  # laid out as the Hub's cache, with small models that stand for large ones
@@ -63,22 +56,6 @@ class Golden:
             name: initial_value(kind, name, meta["param_shapes"][name], meta["seed"], meta["init_scale"])
             for name, kind in meta["init_kinds"].items()
         }
-
-
-def use_sizes(arch: Mapping[str, Any], patch: pytest.MonkeyPatch) -> None:
-    """Let the sizes that config.json has only names for be those of a recorded policy."""
-    if "pi_tiny" not in arch:
-        return
-    sizes = arch["pi_tiny"]
-    gemmas = {}
-    for name in ("gemma_2b", "gemma_300m"):
-        kept = ("width", "depth", "mlp_dim", "num_heads", "head_dim")
-        gemmas[name] = GemmaSettings(*(sizes[name][key] for key in kept))
-        patch.setitem(GEMMA_SIZES, name, gemmas[name])
-    vision = SiglipSettings(**sizes["vision"])
-    whole = PaliGemmaSettings(gemmas["gemma_2b"], vision, sizes["vocab_size"])
-    patch.setitem(PALIGEMMA_SIZES, "gemma_2b", whole)
-    base._module.cache_clear()
 
 
 def initial_value(kind: str, name: str, shape: list[int], seed: int, scale: float) -> np.ndarray:

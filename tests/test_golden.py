@@ -28,7 +28,8 @@ from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
 from lerobot_jax.policies.multi_task_dit import MultiTaskDiTConfig
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.rollout import Runner
-from tests.goldens import ROOT, Golden, use_sizes
+from tests.goldens import ROOT, Golden
+from tests.recorded_sizes import use_sizes
 
 
 def act_draws(recorded: list[np.ndarray], golden: Golden) -> dict[str, np.ndarray]:

@@ -19,7 +19,8 @@ from lerobot_jax.policies.base import FunctionalPolicy, load_policy
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.processors.tokenizer import find_tokenizer, read_tokenizer
 from tests import openpi_model
-from tests.goldens import ROOT, use_sizes
+from tests.goldens import ROOT
+from tests.recorded_sizes import use_sizes
 
 EXPERT = "model.paligemma_with_expert.gemma_expert.model.layers."
 LLM = "PaliGemma/llm/layers"

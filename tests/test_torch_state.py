@@ -20,7 +20,8 @@ from lerobot_jax.nn.variables import Buffer
 from lerobot_jax.policies import base
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.state_dict import StateDict
-from tests.goldens import ROOT, Golden, use_sizes
+from tests.goldens import ROOT, Golden
+from tests.recorded_sizes import use_sizes
 
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/*/model/model.safetensors"))
 

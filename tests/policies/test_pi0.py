@@ -25,7 +25,8 @@ from lerobot_jax.policies.pi0.modeling import PI0Policy, resize_with_pad
 from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.policies.rtc import RTCConfig
 from lerobot_jax.processors.actions import ABSOLUTE, ActionTarget
-from tests.goldens import ROOT, Golden, use_sizes
+from tests.goldens import ROOT, Golden
+from tests.recorded_sizes import use_sizes
 from tests.test_golden import KEY, draws, optimizer_steps, packed
 
 TINY = PI0Config.tiny()

@@ -12,7 +12,8 @@ from lerobot_jax.policies import base
 from lerobot_jax.policies.base import load_policy
 from lerobot_jax.policies.pi0.checkpoint_names import with_todays_names
 from lerobot_jax.state_dict import StateDict, Tensor
-from tests.goldens import ROOT, Golden, use_sizes
+from tests.goldens import ROOT, Golden
+from tests.recorded_sizes import use_sizes
 
 PALIGEMMA = "model.paligemma_with_expert.paligemma"
 EMBEDDING, LM_HEAD = f"{PALIGEMMA}.model.language_model.embed_tokens.weight", f"{PALIGEMMA}.lm_head.weight"

@@ -21,8 +21,9 @@ from lerobot_jax.policies.action_prefix import (
     with_prefix,
 )
 from lerobot_jax.policies.rtc import RTCConfig, euler, guidance_weight, guided_velocity, prefix_weights
-from tests.goldens import Golden, use_sizes
+from tests.goldens import Golden
 from tests.policies.flow_policy import Config
+from tests.recorded_sizes import use_sizes
 
 GOLDENS = Path(__file__).parent / "golden/rtc"
 # What the recorded policies' config.json say.

@@ -30,9 +30,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[conftest.Peer]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "PEER", Path(__file__).with_name("conversion_peer.py"))
-        peer = conftest.Peer(tmp_path_factory.mktemp("stock"))
+    peer = conftest.Peer(tmp_path_factory.mktemp("stock"), Path(__file__).with_name("conversion_peer.py"))
     yield peer
     peer.close()
 

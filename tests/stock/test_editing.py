@@ -30,9 +30,7 @@ B_FRAMES = video.VideoEncoding(vcodec="h264", g=12, preset=None)
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[conftest.Peer]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "PEER", Path(__file__).with_name("editing_peer.py"))
-        peer = conftest.Peer(tmp_path_factory.mktemp("stock"))
+    peer = conftest.Peer(tmp_path_factory.mktemp("stock"), Path(__file__).with_name("editing_peer.py"))
     yield peer
     peer.close()
 

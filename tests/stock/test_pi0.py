@@ -19,7 +19,7 @@ from lerobot_jax.policies.base import FunctionalPolicy, load_config, load_policy
 from lerobot_jax.policies.pi0 import PI0Config
 from lerobot_jax.policies.pi05 import PI05Config
 from lerobot_jax.processors.text import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from tests.goldens import use_sizes
+from tests.recorded_sizes import use_sizes
 from tests.stock.conftest import Peer
 from tests.stock.policies import assert_starts_like_stock, new_policy
 
