@@ -255,10 +255,13 @@ def test_select_action_sequence(golden: Golden, tmp_path: Path):
         return
     # Stock adds the state at the time of execution, here it is that of the chunk's observation.
     predicted = golden.expected["select/action"]  # step b act
-    in_stock = [policy.postprocess(each, seen) for each, seen in zip(predicted, observations, strict=True)]
+    in_stock = [
+        policy.postprocess(jnp.asarray(each), seen)
+        for each, seen in zip(predicted, observations, strict=True)
+    ]
     assert_close(golden, "select/post/action", np.stack(in_stock))
     first = [observations[t - t % policy.config.n_action_steps] for t in range(len(expected))]
-    here = [policy.postprocess(each, seen) for each, seen in zip(predicted, first, strict=True)]
+    here = [policy.postprocess(jnp.asarray(each), seen) for each, seen in zip(predicted, first, strict=True)]
     np.testing.assert_allclose(actions, here, rtol=0, atol=golden.tolerance("select/post/action"))
 
 

@@ -24,10 +24,11 @@ from lerobot_jax.nn.stack import Stack, scan_stacks
 
 ROPE_BASE = 10000.0
 NORM_EPSILON = 1e-6
+FLOAT32 = jnp.dtype(jnp.float32)
 
-Keys = Float[Array, "b k 1 h"]
+Keys = Float[Array, "b _k 1 h"]
 """Keys or values, which all heads share."""
-Cache = tuple[Float[Array, "layers b k 1 h"], Float[Array, "layers b k 1 h"]]
+Cache = tuple[Float[Array, "layers b _k 1 h"], Float[Array, "layers b _k 1 h"]]
 """Keys and values of every layer."""
 
 
@@ -67,7 +68,7 @@ class GemmaModel(nnx.Module):
         vocab_size: int | None = None,
         is_adaptive: bool = False,
         dtype: jnp.dtype,
-        norm_dtype: jnp.dtype = jnp.float32,
+        norm_dtype: jnp.dtype = FLOAT32,
         rngs: nnx.Rngs,
     ):
         if vocab_size is not None:
@@ -180,7 +181,7 @@ def attend_jointly(
     xs: Sequence[Float[Array, "b _l _d"]],
     conditions: Sequence[Float[Array, "b _l _d"] | None],
     positions: Int[Array, "b l"],
-    mask: Bool[Array, "b l k"],
+    mask: Bool[Array, "b l _k"],
     cache: Cache | None = None,
 ) -> tuple[list[Float[Array, "b _l _d"]], Cache]:
     """Run transformers of equal depth whose tokens attend to each other, and to those of a cache.

@@ -94,7 +94,7 @@ class PaliGemmaWithExpert(nnx.Module):
         suffix: Float[Array, "b s d"],
         condition: Float[Array, "b #s d"] | None,
         positions: Int[Array, "b s"],
-        mask: Bool[Array, "b s k"],
+        mask: Bool[Array, "b s _k"],
     ) -> Float[Array, "b s d"]:
         """Give what the expert makes of a suffix that sees the prefix in the cache."""
         expert = self.gemma_expert.model

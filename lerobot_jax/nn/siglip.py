@@ -37,9 +37,7 @@ SO400M = SiglipSettings(1152, 4304, 27, 16)  # PaliGemma's
 class SiglipVisionModel(nnx.Module):
     """Gives a vector for each patch of an image."""
 
-    def __init__(
-        self, settings: SiglipSettings, image_size: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, settings: SiglipSettings, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.vision_model = SiglipVisionTransformer(settings, image_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
