@@ -21,7 +21,6 @@ import jax
 import jaxtyping
 import pytest
 
-import tests.recorded_sizes  # noqa: F401
 import tests.typechecker  # noqa: F401  (named in the hook)
 from tests.goldens import HUB
 
