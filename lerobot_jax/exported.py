@@ -26,11 +26,8 @@ import safetensors
 from jax import export
 
 FORMAT = "1"
-NAME, PROGRAM, WEIGHTS = (
-    "exported_policy",
-    "program",
-    "weights/",
-)  # of the metadata, and in front of arrays' names
+# The description's name in the metadata, the program's, and what precedes the weights' names.
+NAME, PROGRAM, WEIGHTS = "exported_policy", "program", "weights/"
 
 
 class ExportedPolicy:

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float
 
 from lerobot_jax.errors import InputError
@@ -19,17 +18,11 @@ Actions = Float[np.ndarray, "steps act"]
 class RTCQueue:
     """Holds actions twice: as the policy gave them (original) and as the robot takes them (processed).
 
-    One thread may take actions while another merges chunks. LeRobot's `ActionQueue`.
+    A new chunk takes the place of the old one. One thread may take actions while another merges chunks. LeRobot's
+    `ActionQueue` with RTC enabled.
     """
 
-    def __init__(self, replaces: bool):
-        """Start empty.
-
-        Args:
-            replaces: whether a new chunk takes the place of the old one, without the actions of the delay (LeRobot:
-                RTC enabled); otherwise it comes after the old one, whole.
-        """
-        self._replaces = replaces
+    def __init__(self):
         self._lock = threading.Lock()
         self.clear()
 
@@ -56,11 +49,6 @@ class RTCQueue:
     def empty(self) -> bool:
         return self.qsize() == 0
 
-    def get_action_index(self) -> int:
-        """Count the actions that were taken since the last chunk came."""
-        with self._lock:
-            return self._index
-
     def get_left_over(self) -> Actions | None:
         """Give the original actions that are left: `prev_chunk_left_over`; None before the first chunk."""
         with self._lock:
@@ -71,42 +59,20 @@ class RTCQueue:
         with self._lock:
             return None if self._processed is None else self._processed[self._index :].copy()
 
-    def merge(
-        self,
-        original_actions: Actions,
-        processed_actions: Actions,
-        real_delay: int,
-        action_index_before_inference: int | None = None,
-    ) -> None:
+    def merge(self, original_actions: Actions, processed_actions: Actions, real_delay: int) -> None:
         """Take a new chunk in.
 
         Args:
             original_actions: as the policy gave them.
             processed_actions: as the robot takes them.
-            real_delay: the steps that passed while they were predicted; at most the whole chunk is left out.
-            action_index_before_inference: `get_action_index()` when the prediction began. If another number of
-                actions was taken since then, there is a warning, and real_delay counts.
+            real_delay: the steps that passed while they were predicted; so many actions are left out, at most all.
         """
         with self._lock:
-            if action_index_before_inference is not None:
-                taken = max(0, self._index - action_index_before_inference)
-                if taken != real_delay:
-                    logging.warning(
-                        "%d actions were executed while a chunk was predicted, which took %d steps",
-                        taken,
-                        real_delay,
-                    )
-            if self._replaces:
-                delay = max(0, min(real_delay, len(original_actions), len(processed_actions)))
-                self._original, self._processed = (
-                    original_actions[delay:].copy(),
-                    processed_actions[delay:].copy(),
-                )
-            elif self._original is None or self._processed is None:
-                self._original, self._processed = original_actions.copy(), processed_actions.copy()
-            else:
-                self._original = np.concatenate([self._original[self._index :], original_actions])
-                self._processed = np.concatenate([self._processed[self._index :], processed_actions])
+            delay = max(0, min(real_delay, len(original_actions), len(processed_actions)))
+            self._original, self._processed = (
+                original_actions[delay:].copy(),
+                processed_actions[delay:].copy(),
+            )
             self._index = 0
 
 
@@ -121,7 +87,7 @@ class DelayedQueue:
 
     def __init__(self, n_action_steps: int, delay: int):
         self._n_action_steps, self._delay = n_action_steps, delay
-        self._queue = RTCQueue(replaces=True)
+        self._queue = RTCQueue()
         self._threshold = 0
         self._coming: tuple[Actions, Actions] | None = None
         self._steps_left = 0  # before it comes

@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 
@@ -14,37 +12,25 @@ def chunk(start: int, steps: int = 6) -> np.ndarray:
     return np.arange(start, start + steps, dtype=np.float32)[:, None]
 
 
-# What LeRobot's ActionQueue gave after the same calls: (index of the next action, original actions that are left).
-REPLACED = [
-    (0, None),
-    (0, [0, 1, 2, 3, 4, 5]),
-    (2, [2, 3, 4, 5]),
-    (0, [102, 103, 104, 105]),
-    (1, [103, 104, 105]),
-    (0, [203, 204, 205]),
-    (0, [300, 301, 302, 303, 304, 305]),
-    (0, []),
-    (0, None),
-]
-APPENDED = [
-    (0, None),
-    (0, [0, 1, 2, 3, 4, 5]),
-    (2, [2, 3, 4, 5]),
-    (0, [2, 3, 4, 5, *range(100, 106)]),
-    (1, [3, 4, 5, *range(100, 106)]),
-    (0, [3, 4, 5, *range(100, 106), *range(200, 206)]),
-    (0, [4, 5, *range(100, 106), *range(200, 206), *range(300, 306)]),
-    (0, [4, 5, *range(100, 106), *range(200, 206), *range(300, 306), *range(400, 406)]),
-    (0, None),
+# The original actions that LeRobot's ActionQueue had left after the same calls.
+LEFT = [
+    None,
+    [0, 1, 2, 3, 4, 5],
+    [2, 3, 4, 5],
+    [102, 103, 104, 105],
+    [103, 104, 105],
+    [203, 204, 205],
+    [300, 301, 302, 303, 304, 305],
+    [],
+    None,
 ]
 
 
-@pytest.mark.parametrize("replaces", [True, False])
-def test_the_queue_is_lerobots(replaces: bool, caplog: pytest.LogCaptureFixture):
-    queue, states = RTCQueue(replaces), []
+def test_the_queue_is_lerobots():
+    queue, states = RTCQueue(), []
 
-    def merge(start: int, *delays: int) -> None:
-        queue.merge(chunk(start), 10 * chunk(start), *delays)
+    def merge(start: int, delay: int) -> None:
+        queue.merge(chunk(start), 10 * chunk(start), delay)
 
     def note() -> None:
         original, processed = queue.get_left_over(), queue.get_processed_left_over()
@@ -53,7 +39,7 @@ def test_the_queue_is_lerobots(replaces: bool, caplog: pytest.LogCaptureFixture)
             np.testing.assert_array_equal(processed, 10 * original)
         left = None if original is None else original[:, 0].tolist()
         assert (queue.qsize(), queue.empty()) == (len(left or []), not left)
-        states.append((queue.get_action_index(), left))
+        states.append(left)
 
     note()
     assert queue.get() is None
@@ -61,23 +47,21 @@ def test_the_queue_is_lerobots(replaces: bool, caplog: pytest.LogCaptureFixture)
     note()
     assert [queue.get(), queue.get()] == [[0], [10]]
     note()
-    merge(100, 2, 0)
+    merge(100, 2)
     note()
     queue.get()
     note()
-    with caplog.at_level(logging.WARNING):
-        merge(200, 3, 1)
-    assert "0 actions were executed while a chunk was predicted, which took 3 steps" in caplog.text
+    merge(200, 3)
     note()
     queue.get()
     merge(300, -1)
     note()
     merge(400, 9)
     note()
-    assert queue.get() == (None if replaces else [40])
+    assert queue.get() is None
     queue.clear()
     note()
-    assert states == (REPLACED if replaces else APPENDED)
+    assert states == LEFT
 
 
 def test_the_latencies_are_lerobots():

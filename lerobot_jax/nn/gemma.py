@@ -91,9 +91,8 @@ class GemmaEmbedding(nnx.Embed):
         super().__init__(vocab_size, features, embedding_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        rows = self.embedding[...][tokens].astype(
-            self.dtype
-        )  # rows first: their gradients are summed in float32
+        # Rows before their type: so their gradients are summed in float32.
+        rows = self.embedding[...][tokens].astype(self.dtype)
         return rows * jnp.asarray(self.features**0.5, self.dtype)
 
 
