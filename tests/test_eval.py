@@ -134,6 +134,7 @@ def test_eval_info_has_lerobots_fields(policy: FunctionalPolicy, tmp_path: Path)
     }
     assert names <= set(info["per_group"]["pusht"])
     assert names | {"eval_s", "eval_ep_s"} <= set(info["overall"])
+    assert 0 < info["overall"]["chunk_latency_p95_s"] < info["overall"]["eval_s"]
     json.dumps(info)
     rewards = task["metrics"]["sum_rewards"]
     np.testing.assert_allclose(info["overall"]["avg_sum_reward"], np.mean(rewards))

@@ -19,6 +19,7 @@ from lerobot_jax.errors import InputError
 from lerobot_jax.policies.act import ACTConfig
 from lerobot_jax.policies.base import FunctionalPolicy, load_policy
 from lerobot_jax.policies.registry import config_class
+from lerobot_jax.policies.rtc import RTCConfig
 from tests.stock.policies import new_policy
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -195,11 +196,20 @@ def test_a_wrong_command_is_refused_before_anything_is_written(file: Path, tmp_p
         ],
         r"batch_size must be at least 1": [policy, "--output=x", "--batch_size=0"],
         r"exists already": [policy, f"--output={file}"],
+        r"is in no folder that there is": [policy, f"--output={tmp_path / 'none' / 'x'}"],
     }
     for message, arguments in faults.items():
         with pytest.raises(InputError, match=message):
             export.main(arguments)
     assert load_policy(file.parent / "policy").config.type == "act"
+
+
+def test_what_an_exported_program_cannot_do_is_refused(tmp_path: Path):
+    policy = make("pi0").with_settings(rtc_config=RTCConfig())
+    policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(InputError, match=r"takes no old chunk; give --policy.rtc_config.enabled=False"):
+        export.main([f"--policy.path={tmp_path / 'policy'}", f"--output={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_gpu_can_be_exported_for_from_here(act: FunctionalPolicy, tmp_path: Path):

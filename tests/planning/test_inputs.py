@@ -73,6 +73,17 @@ def test_every_policys_batches(name: str, is_there: bool, tmp_path: Path):
     assert _shapes(_expected(config)) == real
 
 
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_plan_needs_no_tokenizer(name: str, tmp_path: Path):
+    policy: Any = config_class(name).tiny()
+    shapes = []
+    for tokenizer in (policy.tokenizer_name, "nobody/nothing"):
+        config = dataclasses.replace(policy, tokenizer_name=tokenizer)
+        dataset = DatasetConfig("test/recorded", root=str(tmp_path / "nowhere"))
+        shapes.append(_shapes(_expected(TrainConfig(policy=config, dataset=dataset, batch_size=8))))
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
