@@ -8,6 +8,7 @@ softmax and rotations' angles are float32; the rest is in the layers' dtype.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import einops
@@ -198,7 +199,7 @@ def attend_jointly(
     """
     rotation = rotations(positions, models[0].settings.head_dim, xs[0].dtype)
     ends = np.cumsum([x.shape[1] for x in xs])
-    parts = [tuple(part[:, a:b] for part in rotation) for a, b in zip([0, *ends], ends, strict=False)]
+    parts = [tuple(part[:, a:b] for part in rotation) for a, b in itertools.pairwise([0, *ends])]
 
     def apply(layers, xs, *cached):
         hidden, gates = zip(
